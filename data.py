@@ -1,0 +1,468 @@
+"""Videos on disk -> batches of uint8 clips.
+
+    python data.py toy                 # write the toy data set (README, "Toy data") to datasets/toy
+    python data.py toy --out DIR --videos 600 --seed 1
+
+From top to bottom: exact frames from a file (read_frames), which frames to take (sample_clip), which files belong to
+a split (read_split), augmentation, the data set and its loader, and the generator of the toy data set.
+
+A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame index counts frames in display order from 0.
+"""
+
+import math
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+from tqdm import tqdm
+
+EXTENSIONS = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"}
+
+
+# ------------------------------------------------------------------------------------------- frames of a file
+
+
+def read_frames(path: str | Path, pick) -> Tensor:
+    """Exactly the frames asked for, in the order asked for: (K, 3, H, W) uint8 RGB, upright.
+
+    `pick` is a list of K frame indices, in any order and with repeats, or a function from the number of frames in the
+    file to such a list. Indices count the frames a player would show, whatever their times (variable frame rate,
+    non-zero start, B-frames). The packets are held in memory, so memory grows by the size of the file.
+    Raises ValueError, with the path, for a file that cannot be decoded or a frame it does not have.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: no video in this file")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            total = sum(not packet.is_discard for packet in packets)
+            cuts = _clean_cuts(packets) if set(container.format.name.split(",")) & {"mp4", "matroska"} else []
+            while total:
+                wanted = [int(i) for i in (pick(total) if callable(pick) else pick)]
+                if not wanted or min(wanted) < 0:
+                    raise ValueError(f"{path}: frame indices {wanted} must be a non-empty list of numbers from 0")
+                start, first = max((c for c in cuts if c[1] <= min(wanted)), default=(0, 0))
+                frames, seen = _decode(stream, packets[start:], first, set(wanted))
+                if len(frames) == len(set(wanted)):
+                    return torch.from_numpy(np.stack([frames[i] for i in wanted])).permute(0, 3, 1, 2)
+                if not callable(pick):
+                    raise ValueError(f"{path}: has no frame {max(wanted)}, only {seen} frames")
+                total = seen  # the last packets held no frames (usual for XviD): choose again among those there are
+                stream.codec_context.flush_buffers()
+            raise ValueError(f"{path}: no frame could be decoded")
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+def _clean_cuts(packets) -> list[tuple[int, int]]:
+    """Where decoding may begin: (packet number, frames shown before it) of every key frame that splits the
+    packets in decoding order into the same two parts as in display order. None where a time is missing."""
+    if any(packet.pts is None for packet in packets):
+        return []
+    cuts, shown, latest = [], 0, -math.inf
+    for number, packet in enumerate(packets):
+        while cuts and packet.pts < cuts[-1][2]:
+            cuts.pop()  # an open group of pictures: this later packet is shown before that key frame
+        if packet.is_keyframe and packet.pts > latest:
+            cuts.append((number, shown, packet.pts))
+        latest, shown = max(latest, packet.pts), shown + (not packet.is_discard)
+    return [cut[:2] for cut in cuts]
+
+
+def _decode(stream, packets, index: int, wanted: set[int]) -> tuple[dict[int, np.ndarray], int]:
+    """Decode until every wanted frame is there: {index: (H, W, 3) uint8}, and the index after the last frame seen."""
+    frames, reformatter, size = {}, av.video.reformatter.VideoReformatter(), None
+    for packet in [*packets, None]:  # None flushes the decoder
+        for frame in stream.codec_context.decode(packet):
+            size = size or (frame.width, frame.height)
+            if index in wanted:
+                image = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
+                frames[index] = np.rot90(image, frame.rotation // 90)
+            index += 1
+            if len(frames) == len(wanted):
+                return frames, index
+    return frames, index
+
+
+# ----------------------------------------------------------------------------------------- frame index rules
+
+
+def sample_clip(total: int, frames: int, stride: int) -> list[int]:
+    """Random clip of `frames` frames, `stride` apart, from a video of `total` frames (method of pre-training).
+
+    The start is uniform on 0 .. total - frames*stride. A video too short for that first gets the largest stride that
+    fits, at least 1 (our choice: the official code repeats the last frame), and only one with fewer than `frames`
+    frames repeats its last frame. Draws from torch's global generator.
+    """
+    stride = max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+    start = int(torch.randint(max(total - frames * stride, 0) + 1, ()))
+    return [min(start + i * stride, total - 1) for i in range(frames)]
+
+
+def center_clip(total: int, frames: int, stride: int) -> list[int]:
+    """The clip in the middle of the video, with sample_clip's rule for short ones. No randomness; for figures."""
+    stride = max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+    start = max(total - (frames - 1) * stride - 1, 0) // 2
+    return [min(start + i * stride, total - 1) for i in range(frames)]
+
+
+# ------------------------------------------------------------------------------------------ lists and splits
+
+
+@dataclass
+class Split:
+    """Files of one part of a data set; `labels` are class numbers from 0, or -1 where there is no label."""
+
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+
+
+UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # the official lists, videos in train and test
+HMDB51_COUNTS = {fold: (3570, 1530) for fold in (1, 2, 3)}
+
+
+def read_split(data: str | Path, splits: str | Path | None = None, fold: int = 1, train: bool = True) -> Split:
+    """The training or test videos under folder `data`. What `splits` is decides how they are found:
+
+        folder with classInd.txt             UCF101's official lists; labels from classInd.txt, minus 1
+        folder with *_test_split1.txt        HMDB51's official lists; classes in alphabetical order
+        file of lines `path label`           paths relative to `data`; the label, a number from 0, may be missing
+        None                                 the official lists' folder if it lies in `data` under its own name, else
+                                             every video below `data`; the name of its folder is its class
+
+    The last and the list know no test part: give another file or folder. Counts of the official lists are checked.
+    Raises ValueError for missing files and folders, malformed lines, and videos or groups in both parts.
+    """
+    data = Path(data).expanduser()
+    splits = Path(splits).expanduser() if splits else None
+    if not data.is_dir():
+        raise ValueError(f"no folder {data}: --data must name the folder that holds the videos")
+    if splits and not splits.exists():
+        raise ValueError(f"no file or folder {splits}: --splits must name the official split files' folder or a list")
+    for name in ("ucfTrainTestlist", "testTrainMulti_7030_splits"):
+        if splits is None and (data / name).is_dir():
+            splits = data / name
+    if splits is None:
+        found = _read_folder(data)
+    elif splits.is_file():
+        found = _read_list(data, splits)
+    elif (splits / "classInd.txt").is_file():
+        found = _read_ucf101(data, splits, fold, train)
+    elif any(splits.glob("*_test_split?.txt")):
+        found = _read_hmdb51(data, splits, fold, train)
+    else:
+        raise ValueError(f"{splits} holds neither classInd.txt (UCF101) nor *_test_split1.txt (HMDB51)")
+    if not found.paths:
+        raise ValueError(f"no videos: {splits or data} lists none ({', '.join(sorted(EXTENSIONS))})")
+    missing = [path for path in found.paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(found.paths)} listed videos are missing, the first is {missing[0]}")
+    return found
+
+
+def _read_folder(data: Path) -> Split:
+    paths = sorted(path for path in data.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    names = [path.relative_to(data).parent.as_posix() for path in paths]
+    classes = sorted(set(names) - {"."})
+    return Split(paths, [classes.index(name) if name in classes else -1 for name in names], classes)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file ({error.reason} at byte {error.start})") from error
+
+
+def _read_list(data: Path, file: Path) -> Split:
+    paths, labels = [], []
+    for line in _lines(file):
+        name, _, label = line.rpartition("\t" if "\t" in line else " ")
+        if not name or not label.strip().lstrip("-").isdigit():
+            name, label = line, "-1"
+        paths.append(data / name.strip())
+        labels.append(int(label))
+    return Split(paths, labels, [str(label) for label in range(max(labels, default=-1) + 1)])
+
+
+def _read_ucf101(data: Path, splits: Path, fold: int, train: bool) -> Split:
+    numbers = [line.split() for line in _lines(splits / "classInd.txt")]
+    if any(len(entry) != 2 or int(entry[0]) != i + 1 for i, entry in enumerate(numbers)):
+        raise ValueError(f"{splits / 'classInd.txt'}: lines must read `number class`, numbered from 1")
+    classes = [name for _, name in numbers]
+    parts = []
+    for name in (f"trainlist{fold:02}.txt", f"testlist{fold:02}.txt"):
+        parts.append([line.split()[0] for line in _lines(splits / name)])  # training lines end with the label
+    groups = [{line.rsplit("_c", 1)[0] for line in part} for part in parts]  # v_Class_g08_c01.avi: group 8, clip 1
+    if groups[0] & groups[1]:
+        raise ValueError(f"{splits}: group {min(groups[0] & groups[1])} is in both the training and the test list")
+    if len(classes) == 101:
+        _check_counts("UCF101", fold, parts, UCF101_COUNTS)
+    unknown = {line.split("/")[0] for part in parts for line in part} - set(classes)
+    if unknown:
+        raise ValueError(f"{splits}: class {min(unknown)} is not in classInd.txt")
+    names = parts[0 if train else 1]
+    return Split([data / name for name in names], [classes.index(name.split("/")[0]) for name in names], classes)
+
+
+def _read_hmdb51(data: Path, splits: Path, fold: int, train: bool) -> Split:
+    suffix = f"_test_split{fold}.txt"
+    files = sorted(splits.glob("*" + suffix))
+    classes = [file.name.removesuffix(suffix) for file in files]
+    parts = [[], []]
+    for label, file in enumerate(files):
+        for line in _lines(file):
+            name, _, part = line.rpartition(" ")
+            if part not in ("0", "1", "2"):
+                raise ValueError(f"{file}: line {line!r} must end in 0 (unused), 1 (train) or 2 (test)")
+            if part != "0":
+                parts[int(part) - 1].append((data / classes[label] / name.strip(), label))
+    if set(parts[0]) & set(parts[1]):
+        raise ValueError(f"{splits}: {min(set(parts[0]) & set(parts[1]))[0]} is in both the training and the test part")
+    if len(classes) == 51:
+        _check_counts("HMDB51", fold, parts, HMDB51_COUNTS)
+    chosen = parts[0 if train else 1]
+    return Split([path for path, _ in chosen], [label for _, label in chosen], classes)
+
+
+def _check_counts(name: str, fold: int, parts: list, table: dict) -> None:
+    counts = tuple(len(part) for part in parts)
+    if counts != table[fold]:
+        raise ValueError(f"{name} split {fold} has {table[fold][0]} training and {table[fold][1]} test videos, these lists {counts[0]} and {counts[1]}")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- augmentation
+
+
+class MultiScaleCrop(v2.Transform):
+    """TSN's crop, VideoMAE's only pre-training augmentation: one box a clip, resized to size x size pixels.
+
+    Width and height are each 1, .875, .75 or .66 of the short side, at most one step apart; the box sits at one of
+    13 places (corners, edges, centre, quarter points). Bilinear with antialiasing, as in the official code.
+    """
+
+    SCALES = (1, 0.875, 0.75, 0.66)
+    PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs) -> dict:
+        height, width = VF.get_size(flat_inputs[0])
+        edges = [int(min(height, width) * scale) for scale in self.SCALES]
+        edges = [self.size if abs(edge - self.size) < 3 else edge for edge in edges]
+        pairs = [(w, h) for i, h in enumerate(edges) for j, w in enumerate(edges) if abs(i - j) <= 1]
+        w, h = pairs[int(torch.randint(len(pairs), ()))]
+        x, y = self.PLACES[int(torch.randint(len(self.PLACES), ()))]
+        return dict(left=x * ((width - w) // 4), top=y * ((height - h) // 4), width=w, height=h)
+
+    def transform(self, inpt, params):
+        return VF.resized_crop(inpt, **params, size=[self.size, self.size], antialias=True)
+
+
+def train_transform(size: int, flip: bool) -> v2.Transform:
+    """Pre-training augmentation of a tv_tensors.Video: MultiScaleCrop, and where asked a mirror image in every other clip."""
+    return v2.Compose([MultiScaleCrop(size), *([v2.RandomHorizontalFlip()] if flip else [])])
+
+
+def eval_transform(size: int) -> v2.Transform:
+    """Short side to `size` pixels, then the central square."""
+    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+
+# ----------------------------------------------------------------------------------------- data set, loader
+
+
+def derive_seed(*numbers: int) -> int:
+    """One seed out of several numbers, the first of which names the use; a pure function, so nothing needs saving."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Videos(Dataset):
+    """Clips of a split. The key is (index, seed): everything random about an item comes from its seed.
+
+    An item is (clips (R, T, C, H, W) uint8, label, unreadable paths): R clips from one decode, each cut and augmented
+    on its own. A file that cannot be read is left out and reported, and a random other one takes its place; for
+    training only. ValueError after 10 unreadable files in a row.
+    """
+
+    def __init__(self, split: Split, sample, transform, repeats: int = 1):
+        self.split, self.sample, self.transform, self.repeats = split, sample, transform, repeats
+
+    def __len__(self) -> int:
+        return len(self.split.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
+        (index, seed), unreadable = key, []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            while True:
+                try:
+                    pick = lambda total: [i for _ in range(self.repeats) for i in self.sample(total)]
+                    frames = read_frames(self.split.paths[index], pick)
+                    break
+                except ValueError as error:
+                    unreadable.append(str(error))
+                    if len(unreadable) == 10:
+                        raise ValueError(f"10 unreadable videos in a row, the last: {error}") from error
+                    index = int(torch.randint(len(self), ()))
+            clips = [self.transform(tv_tensors.Video(clip)) for clip in frames.chunk(self.repeats)]
+        return torch.stack([clip.as_subclass(Tensor) for clip in clips]), self.split.labels[index], unreadable
+
+
+def collate(items) -> tuple[Tensor, Tensor, list[str]]:
+    """Items -> (clips (B*R, T, C, H, W) uint8, labels (B*R,), unreadable paths); clips of one video stand together."""
+    clips, labels, unreadable = zip(*items, strict=True)
+    return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), sum(unreadable, [])
+
+
+class Order(Sampler):
+    """Keys of every micro-batch of this process, from step `start` to `steps`; a batch sampler for a DataLoader.
+
+    Each epoch is a new permutation of the `total` videos, cut into effective batches of `batch` (the rest is
+    dropped); of each batch, process `rank` of `size` takes its share. Depends on (seed, epoch, position) alone, so
+    a run can stop at any step and continue, also with another number of processes.
+    """
+
+    def __init__(self, total: int, batch: int, micro: int, start: int, steps: int, seed: int, rank: int, size: int):
+        if batch > total:
+            raise ValueError(f"batch {batch} is larger than the {total} videos: use --batch {total} or fewer")
+        self.total, self.batch, self.micro, self.start, self.steps = total, batch, micro, start, steps
+        self.seed, self.rank, self.size = seed, rank, size
+
+    def __iter__(self):
+        share, per_epoch = self.batch // self.size, self.total // self.batch
+        for step in range(self.start, self.steps):
+            epoch, number = divmod(step, per_epoch)
+            if number == 0 or step == self.start:
+                order = torch.randperm(self.total, generator=torch.Generator().manual_seed(derive_seed(1, self.seed, epoch)))
+            begin = number * self.batch + self.rank * share
+            for i in range(begin, begin + share, self.micro):
+                yield [(int(order[j]), derive_seed(2, self.seed, epoch, j)) for j in range(i, i + self.micro)]
+
+
+def make_loader(dataset: Videos, order: Order, workers: int, pin: bool) -> DataLoader:
+    """Batches in `order`, decoded by `workers` processes (0: in this one); `pin` memory for copies to a GPU."""
+    return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=pin)
+
+
+# ------------------------------------------------------------------------------------------- the toy data set
+
+MOTIONS = (
+    "MoveLeft", "MoveRight", "MoveUp", "MoveDown", "TurnLeft", "TurnRight",
+    "Grow", "Shrink", "OrbitLeft", "OrbitRight", "SwingAcross", "SwingUpright",
+)  # fmt: skip
+
+
+def _texture(x: np.ndarray, y: np.ndarray, wave: tuple[float, float], rng) -> np.ndarray:
+    """Smooth random colours at coordinates x, y: (H, W, 3) in about 0-1, structure `wave` = (shortest, longest)."""
+    base, angle, length = rng.uniform(0.25, 0.75, 3), rng.uniform(0, 2 * np.pi, 5), rng.uniform(*wave, 5)
+    phase, colours = rng.uniform(0, 2 * np.pi, 5), rng.uniform(-0.2, 0.2, (5, 3)).astype(np.float32)
+    k = (2 * np.pi / length * np.stack([np.cos(angle), np.sin(angle)])).astype(np.float32)
+    waves = np.sin(x[..., None] * k[0] + y[..., None] * k[1] + phase.astype(np.float32))
+    return waves @ colours + base.astype(np.float32)
+
+
+def toy_video(motion: str, rng: np.random.Generator, size: int = 72) -> np.ndarray:
+    """One action video (T, size, size, 3) uint8, 36 to 48 frames: a textured blob on a textured ground.
+
+    The class is the blob's motion alone: shape, colours, size, place, speed and ground are random and every motion has
+    its mirror image in time or space among the classes, so that a single frame says nothing.
+    """
+    frames, radius = int(rng.integers(36, 49)), 0.16 * size * 1.5 ** rng.uniform(-1, 1)
+    reach, speed, turn, phase = size * rng.uniform(0.2, 0.3), rng.uniform(0.8, 1.25), *rng.uniform(0, 2 * np.pi, 2).tolist()
+    cx, cy = (size * rng.uniform(0.4, 0.6, 2)).tolist()
+    lobes = np.stack([rng.uniform(0.1, 0.25, 2), rng.uniform(0, 2 * np.pi, 2)]).T.tolist()  # of the blob's outline
+    drift = rng.uniform(-0.1, 0.1, 2).tolist()  # the camera's, pixels a frame
+    ground_seed, blob_seed = rng.integers(2**32, size=2)
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    sign = -1 if motion in ("MoveLeft", "MoveUp", "TurnLeft", "Shrink", "OrbitLeft") else 1
+    video = np.empty((frames, size, size, 3), np.uint8)
+    for t in range(frames):
+        tau = (2 * t / (frames - 1) - 1) * speed
+        px, py, scale, angle, cycle = cx, cy, 1.0, turn, phase + sign * tau * 1.5 * np.pi
+        if motion in ("MoveLeft", "MoveRight"):
+            px += sign * tau * reach
+        elif motion in ("MoveUp", "MoveDown"):
+            py += sign * tau * reach
+        elif motion == "SwingAcross":
+            px += reach * math.sin(cycle)
+        elif motion == "SwingUpright":
+            py += reach * math.sin(cycle)
+        else:  # these turn or grow anywhere on the circle that the two others follow
+            orbit = cycle if motion.startswith("Orbit") else phase
+            px, py = px + 0.7 * reach * math.cos(orbit), py + 0.7 * reach * math.sin(orbit)
+            angle += sign * tau * 1.5 * np.pi if motion.startswith("Turn") else 0
+            scale = 1.6 ** (sign * tau) if motion in ("Grow", "Shrink") else 1.0
+        u, v = (x - px) / (radius * scale), (y - py) / (radius * scale)
+        u, v = u * math.cos(angle) + v * math.sin(angle), v * math.cos(angle) - u * math.sin(angle)
+        outline = 1 + sum(a * np.cos(k * np.arctan2(v, u) + p) for k, (a, p) in zip((2, 3), lobes, strict=True))
+        cover = 0.5 - 0.5 * np.tanh((np.hypot(u, v) - outline) * (0.75 * radius * scale))[..., None]
+        ground = _texture(x + drift[0] * t, y + drift[1] * t, (0.5 * size, 1.5 * size), np.random.default_rng(ground_seed))
+        blob = _texture(u, v, (1.5, 4), np.random.default_rng(blob_seed))
+        video[t] = (255 * (ground + cover * (blob - ground))).clip(0, 255).round()
+    return video
+
+
+def _write_video(path: Path, video: np.ndarray) -> None:
+    """XviD-like MPEG-4 in AVI at 25 frames a second, as in UCF101; lightly compressed."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "3", "flags": "+qscale", "bf": "1", "g": "250"})
+        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+        for image in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _toy_file(job: tuple) -> None:
+    path, motion, seed = job
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_video(path, toy_video(motion, np.random.default_rng(seed)))
+
+
+def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0) -> None:
+    """Write the toy data set to folder `out` in UCF101's layout, split 1, unless it is there: half a minute, ours.
+
+    out/MoveLeft/v_MoveLeft_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt. Labels are
+    balanced. The folder appears only when it is complete. ValueError if `out` exists and is something else.
+    """
+    out = Path(out)
+    if (out / "ucfTrainTestlist" / "testlist01.txt").is_file():
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists and is not a complete toy data set: remove it, or name another folder")
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    jobs, lists = [], {"trainlist01.txt": [], "testlist01.txt": []}
+    for i in range(train + test):
+        label, number = i % len(MOTIONS), i // len(MOTIONS)
+        name = f"{MOTIONS[label]}/v_{MOTIONS[label]}_g{number // 4 + 1:02}_c{number % 4 + 1:02}.avi"
+        jobs.append((part / name, MOTIONS[label], (seed, i)))
+        lists["trainlist01.txt" if i < train else "testlist01.txt"].append(f"{name} {label + 1}" if i < train else name)
+    with ProcessPoolExecutor() as pool:
+        list(tqdm(pool.map(_toy_file, jobs, chunksize=16), f"writing {out}", len(jobs), unit="video"))
+    lists["classInd.txt"] = [f"{i + 1} {name}" for i, name in enumerate(MOTIONS)]
+    (part / "ucfTrainTestlist").mkdir()
+    for name, lines in lists.items():
+        (part / "ucfTrainTestlist" / name).write_text("\n".join(sorted(lines) if "list01" in name else lines) + "\n")
+    part.rename(out)
+
+
+if __name__ == "__main__":
+    print("x")

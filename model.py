@@ -1,0 +1,342 @@
+"""VideoMAE (Tong et al., NeurIPS 2022): a video ViT that sees a few cubes of a clip and rebuilds the rest.
+
+Read from top to bottom: transformer parts, cubes and positions, the encoder (only visible cubes), VideoMAE (encoder,
+decoder, loss; sections 3.1 and 3.3), and the classifier of the fine-tuning stage.
+
+Shapes, here and in every docstring:
+    B  clips in the batch     T  frames     C  channels (3)     H, W  height and width, pixels
+    N  tokens = t*h*w, the grid of cubes; a cube is p0 frames x p1 rows x p2 columns; index n = (t_i*h + y_i)*w + x_i
+    D  token width            P  values in a cube = p0*p1*p2*C, in the order (p0 p1 p2 c), channel fastest
+    V  visible tokens of a clip     M  masked tokens of a clip     V + M = N
+A video is (B, T, C, H, W), uint8 0-255 or float 0-1. Parameter names are the official checkpoints' names.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+# width, blocks and heads of the encoder | of the decoder. Small to huge: paper Table 8 and section 4.2; decoder depth 12
+# for large and huge as in the official scripts (the paper says 4). Tiny and toy are ours.
+SIZES = {
+    "toy": dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2),
+    "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=96, decoder_depth=4, decoder_heads=3),
+    "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
+    "base": dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
+    "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=12, decoder_heads=8),
+    "huge": dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=12, decoder_heads=8),
+}
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # paper Table 1f
+TARGETS = ("clip", "center", "double")  # paper Table 1c; see VideoMAE
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------- transformer
+
+
+class Attention(nn.Module):
+    """Joint space-time self-attention over all tokens it is given, (B, N, D) -> (B, N, D) (paper section 3.3)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))  # no bias for k: it would shift all logits of a query alike
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
+
+
+class MLP(nn.Module):
+    """Two linear layers with exact GELU between, four times as wide inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `drop_path` is the rate at which a clip skips each of its two branches."""
+
+    def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool) -> Tensor:
+    """Apply the blocks in turn; with checkpointing, keep only their inputs and compute each again in the backward."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+    return x
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Pre-training initialisation (official code): Linears xavier-uniform (qkv as one matrix), biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------- cubes and positions
+
+
+def grid_of(video_size: tuple[int, int, int], cube: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Cubes along (time, rows, columns) of a (T, H, W) video; ValueError where a side does not divide."""
+    for name, side, edge in zip(("frames", "height", "width"), video_size, cube, strict=True):
+        if edge < 1 or side < edge or side % edge:
+            raise ValueError(f"{name} {side} must be a multiple of the cube's {edge} (cube {'x'.join(map(str, cube))})")
+    return tuple(side // edge for side, edge in zip(video_size, cube, strict=True))
+
+
+def patchify(video: Tensor, cube: tuple[int, int, int]) -> Tensor:
+    """(B, T, C, H, W) -> (B, N, P): cut into cubes, any dtype. Serves the embedding *and* the target."""
+    p0, p1, p2 = cube
+    return rearrange(video, "b (t p0) c (h p1) (w p2) -> b (t h w) (p0 p1 p2 c)", p0=p0, p1=p1, p2=p2)
+
+
+def unpatchify(cubes: Tensor, grid: tuple[int, int, int], cube: tuple[int, int, int]) -> Tensor:
+    """(B, N, P) -> (B, T, C, H, W): the exact inverse of patchify for a grid of (t, h, w) cubes."""
+    (t, h, w), (p0, p1, p2) = grid, cube
+    pattern = "b (t h w) (p0 p1 p2 c) -> b (t p0) c (h p1) (w p2)"
+    return rearrange(cubes, pattern, t=t, h=h, w=w, p0=p0, p1=p1, p2=p2)
+
+
+def normalize_cubes(cubes: Tensor, channels: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero mean, unit variance per cube and channel: (B, N, P) float -> same, and mean and std (B, N, 1, C).
+
+    Paper section 3.3 and the official code: unbiased variance, y = (u - mean) / (std + 1e-6); the std returned
+    includes the 1e-6, so that y * std + mean gives the cube back.
+    """
+    u = rearrange(cubes, "b n (p c) -> b n p c", c=channels)
+    var, mean = torch.var_mean(u, dim=2, keepdim=True)
+    std = var.sqrt() + 1e-6
+    return rearrange((u - mean) / std, "b n p c -> b n (p c)"), mean, std
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8 0-255 -> float32 0-1; floats are taken as 0-1 already."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def sincos_positions(tokens: int, dim: int) -> Tensor:
+    """The fixed position table (N, D) float32 of the official code: one dimension over the flattened token index.
+
+    PE[n, j] = sin(n / 10000^(2*floor(j/2)/D)) for even j, cos of the same for odd j, computed in float64.
+    """
+    angle = torch.arange(tokens, dtype=torch.float64)[:, None] / 10000 ** (
+        2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim
+    )
+    angle[:, 0::2], angle[:, 1::2] = angle[:, 0::2].sin(), angle[:, 1::2].cos()
+    return angle.float()
+
+
+def token_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N) bool mask -> indices of the visible (B, V) and of the masked tokens (B, M), each ascending.
+
+    Reads the counts back to the host: the one synchronisation of a step. ValueError where the counts of the
+    clips differ or where nothing is visible or masked.
+    """
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
+        raise ValueError(f"each clip must mask the same number of its {mask.shape[1]} tokens, not 0, not all: {counts}")
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : -counts[0]], order[:, -counts[0] :]
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, N, D) at index (B, K) -> (B, K, D)."""
+    return tokens[torch.arange(len(index), device=index.device)[:, None], index]
+
+
+# ------------------------------------------------------------------------------------------------- encoder
+
+
+class Encoder(nn.Module):
+    """Cube embedding, fixed positions, ViT blocks, and a last LayerNorm unless `final_norm` is off.
+
+    `video_size` is (T, H, W) in frames and pixels. Drop path grows linearly from 0 to `drop_path` with depth.
+    """
+
+    def __init__(self, dim, depth, heads, video_size, cube, drop_path: float = 0.0, final_norm: bool = True):
+        super().__init__()
+        self.video_size, self.cube, self.grid = tuple(video_size), tuple(cube), grid_of(video_size, cube)
+        self.checkpointing = False  # set True to trade compute for memory
+        t, h, w = self.grid
+        # A Linear on flattened cubes is the paper's Conv3d with stride = kernel; it has PyTorch's default
+        # initialisation, as there. Unlike a Conv3d it can embed the visible cubes alone.
+        self.patch_embed = nn.Linear(cube[0] * cube[1] * cube[2] * 3, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
+        self.blocks.apply(init_xavier)
+        self.register_buffer("positions", sincos_positions(t * h * w, dim), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
+
+    def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, T, C, H, W) -> (B, N, D), or (B, V, D) when `visible` (B, V) names the tokens to look at."""
+        size = (video.shape[1], *video.shape[3:])
+        if size != self.video_size:
+            raise ValueError(f"the model was built for clips of (T, H, W) = {self.video_size}, this one is {size}")
+        cubes = patchify(video, self.cube)
+        cubes = cubes if visible is None else take(cubes, visible)  # still uint8: only visible cubes become floats
+        pixels = rearrange(unit_range(cubes), "b n (p c) -> b n p c", c=3)
+        x = self.patch_embed(rearrange((pixels - self.mean) / self.std, "b n p c -> b n (p c)"))
+        x = x + (self.positions if visible is None else self.positions[visible])
+        return self.norm(run_blocks(self.blocks, x, self.checkpointing))
+
+
+# ------------------------------------------------------------------------------------------------ VideoMAE
+
+
+class Decoder(nn.Module):
+    """Blocks over visible and mask tokens; the last `keep` tokens become the pixels of their cubes."""
+
+    def __init__(self, dim: int, depth: int, heads: int, values: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, values)
+        self.apply(init_xavier)
+
+    def forward(self, x: Tensor, keep: int, checkpointing: bool) -> Tensor:
+        return self.head(self.norm(run_blocks(self.blocks, x, checkpointing)[:, -keep:]))
+
+
+class VideoMAE(nn.Module):
+    """Masked autoencoder: `loss, pred = model(video, mask)` (paper sections 3.1 and 3.3).
+
+    size           a name of SIZES
+    video_size     (T, H, W) of the clips the encoder sees, frames and pixels
+    cube           (frames, rows, columns) of a token
+    decoder_depth  blocks of the decoder (paper Table 1a); None: the size's own
+    target         what is predicted (paper Table 1c; the variants are our reading, no code was published):
+                   "clip"    the masked cubes of the input
+                   "center"  frame T/2 only, at its masked places; needs tube masks
+                   "double"  videos come with 2T frames, the encoder sees every second, each token predicts
+                             the frames between as well
+    normalize      predict cubes with zero mean and unit variance (the paper); False: pixels in 0-1
+    loss           a name of LOSSES
+    """
+
+    def __init__(
+        self,
+        size: str = "base",
+        video_size: tuple[int, int, int] = (16, 224, 224),
+        cube: tuple[int, int, int] = (2, 16, 16),
+        decoder_depth: int | None = None,
+        target: str = "clip",
+        normalize: bool = True,
+        loss: str = "mse",
+    ):
+        super().__init__()
+        for name, value, allowed in (("size", size, SIZES), ("target", target, TARGETS), ("loss", loss, LOSSES)):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
+        s = SIZES[size]
+        depth = s["decoder_depth"] if decoder_depth is None else decoder_depth
+        self.config = dict(size=size, video_size=list(video_size), cube=list(cube), decoder_depth=depth,
+                           target=target, normalize=normalize, loss=loss)  # fmt: skip
+        self.target, self.normalize, self.loss = target, normalize, LOSSES[loss]
+        self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube)
+        frames = {"clip": cube[0], "center": 1, "double": 2 * cube[0]}[target]
+        self.target_cube = (frames, cube[1], cube[2])
+        self.encoder_to_decoder = nn.Linear(s["dim"], s["decoder_dim"], bias=False)  # PyTorch's default initialisation
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, s["decoder_dim"]))
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        self.decoder = Decoder(s["decoder_dim"], depth, s["decoder_heads"], frames * cube[1] * cube[2] * 3)
+        positions = sincos_positions(len(self.encoder.positions), s["decoder_dim"])
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Video (B, T, C, H, W) and mask (B, N), True = masked -> the mean loss over the predicted cubes, float32,
+        and the predictions (B, M, P) in ascending token order (target "center": only those of the central slot)."""
+        visible, masked = token_indices(mask)
+        keep = masked.shape[1]
+        if self.target == "center":
+            masked, keep = self.center_last(mask, masked)
+        latent = self.encoder(video[:, ::2] if self.target == "double" else video, visible)
+        pred = self.decode(latent, visible, masked, keep)
+        return self.loss(pred.float(), self.target_cubes(video, masked[:, -keep:])), pred
+
+    def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, keep: int) -> Tensor:
+        """Latents (B, V, D) -> predicted cubes (B, keep, P) of the last `keep` masked tokens.
+
+        Every masked place enters as the one shared mask token plus its position; order does not matter to attention.
+        """
+        x = self.encoder_to_decoder(latent) + self.positions[visible]
+        x = torch.cat([x, self.mask_token + self.positions[masked]], dim=1)
+        return self.decoder(x, keep, self.encoder.checkpointing)
+
+    def target_video(self, video: Tensor) -> Tensor:
+        """The frames the decoder predicts: all, or for target "center" only frame T/2 (dimension T kept)."""
+        center = video.shape[1] // 2
+        return video[:, center : center + 1] if self.target == "center" else video
+
+    def target_cubes(self, video: Tensor, index: Tensor) -> Tensor:
+        """What to predict at tokens `index` (B, K): (B, K, P) float32, normalised per cube and channel if so built."""
+        cubes = patchify(self.target_video(video), self.target_cube)
+        cubes = unit_range(take(cubes, index % cubes.shape[1]))
+        return normalize_cubes(cubes)[0] if self.normalize else cubes
+
+    def center_last(self, mask: Tensor, masked: Tensor) -> tuple[Tensor, int]:
+        """Rotate the masked indices so that those of the central slot come last; also their number in a slot."""
+        t, h, w = self.encoder.grid
+        if not torch.equal(mask, mask[:, : h * w].repeat(1, t)):
+            raise ValueError("target 'center' needs a mask that is the same in every slot: use tube masking")
+        slot, count = self.encoder.video_size[0] // 2 // self.encoder.cube[0], masked.shape[1] // t
+        return masked.roll((t - 1 - slot) * count, dims=1), count
+
+
+# ---------------------------------------------------------------------------------------------- classifier
+
+
+class Classifier(nn.Module):
+    """The pre-trained encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (fine-tuning, Table 10)."""
+
+    def __init__(
+        self,
+        size: str,
+        classes: int,
+        video_size: tuple[int, int, int] = (16, 224, 224),
+        cube: tuple[int, int, int] = (2, 16, 16),
+        drop_path: float = 0.0,
+        head_dropout: float = 0.0,
+        init_scale: float = 1e-3,
+    ):
+        super().__init__()
+        s = SIZES[size]
+        self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, drop_path, final_norm=False)
+        self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
+        self.dropout = nn.Dropout(head_dropout)
+        self.head = nn.Linear(s["dim"], classes)
+        for module in (*self.encoder.blocks.modules(), self.head):
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.head.weight.data.mul_(init_scale)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, T, C, H, W) -> logits (B, classes)."""
+        return self.head(self.dropout(self.fc_norm(self.encoder(video).mean(dim=1))))

@@ -1,0 +1,214 @@
+"""Reconstruction figures in the paper's layout (Figures 10 and 11), animations, and loss curves.
+
+    python visualize.py --checkpoint runs/pretrain-toy/checkpoint.pt                     # toy videos
+    python visualize.py --checkpoint CKPT --videos a.avi b.mp4 --ratios 0.75 0.9 0.95 --out figure.png --gif figure.gif
+    python visualize.py --checkpoint CKPT --videos a.avi --mask random --stats oracle
+
+One row a frame; for each clip the original and, for every ratio, what the model saw and what it made of it (visible
+cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model.
+
+A model trained on normalised cubes predicts each cube only up to its mean and contrast. --stats visible, the default,
+takes these from the visible cubes around, so that nothing hidden is used. --stats oracle takes the hidden cubes' own, as
+the official code does; the figure says so and shows beside it what an empty prediction looks like with that help.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from data import center_clip, derive_seed, eval_transform, read_frames, read_split
+from engine import cli, load_checkpoint, opt, parse_config
+from masking import MASKS
+from model import VideoMAE, normalize_cubes, patchify, token_indices, unit_range, unpatchify
+
+
+@dataclass
+class Config:
+    checkpoint: str = opt("runs/pretrain-toy/checkpoint.pt", "a checkpoint of pretrain.py")
+    videos: tuple[str, ...] | None = opt(None, "video files; None: two test videos of the data it was trained on")
+    ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios, one pair of columns each")
+    mask: Literal["tube", "random", "frame"] = opt("tube", "masking strategy")
+    stats: Literal["visible", "oracle"] = opt("visible", "where the mean and contrast of a hidden cube come from")
+    stride: int | None = opt(None, "frames from one frame of a clip to the next; None: as in pre-training")
+    out: str | None = opt(None, "PNG to write; None: reconstruction.png beside the checkpoint")
+    gif: str | None = opt(None, "also write an animation to this GIF")
+    seed: int = opt(0, "seed of the masks")
+
+
+def load_model(path: str) -> tuple[VideoMAE, dict]:
+    """The model of a pre-training checkpoint, in eval mode, and the stage's configuration."""
+    state = load_checkpoint(path, "pretrain")
+    model = VideoMAE(**state["config"]["model"])
+    model.load_state_dict(state["model"])
+    return model.eval(), state["config"]["stage"]
+
+
+def load_clip(path: str, model: VideoMAE, stride: int) -> Tensor:
+    """The clip in the middle of a video, short side resized, central square: (1, T, C, H, W) uint8."""
+    frames, size, _ = model.encoder.video_size
+    if model.target == "double":
+        frames, stride = 2 * frames, max(stride // 2, 1)
+    clip = read_frames(path, lambda total: center_clip(total, frames, stride))
+    return eval_transform(size)(tv_tensors.Video(clip)).as_subclass(Tensor)[None]
+
+
+def visible_neighbours(mask: Tensor, grid) -> tuple[Tensor, Tensor]:
+    """Squared distances, in cubes, from every token to every visible token: (N, V), and the visible indices (V,)."""
+    t, h, w = grid
+    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (t, h, w)), indexing="ij"), -1).view(-1, 3).float()
+    visible = (~mask).nonzero()[:, 0]
+    return torch.cdist(place, place[visible]).square(), visible
+
+
+@torch.no_grad()
+def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visible") -> dict[str, Tensor]:
+    """Videos (1, T', C, H, W) float 0-1 of what the model predicts, for one clip (1, T, C, H, W) uint8 and its mask (1, N).
+
+    Keys: original, masked (hidden cubes grey), model (prediction pasted into the visible cubes), the baselines
+    nearest (each hidden cube copied from the nearest visible one) and mean (the visible cubes' mean colour), with
+    stats "oracle" also nothing (a prediction of zero with the hidden cubes' mean and contrast), and hidden, a bool
+    video that is True on masked pixels. T' is T, or 1 for target "center".
+    """
+    _, masked = token_indices(mask)
+    _, pred = model(video, mask)
+    original = unit_range(model.target_video(video))
+    cubes = patchify(original, model.target_cube)
+    grid, cube = model.encoder.grid, model.target_cube
+    hidden = mask[0]
+    if model.target == "center":
+        grid, hidden = (1, *grid[1:]), hidden[: cubes.shape[1]]  # tube masks: every slot alike
+    distance, visible = visible_neighbours(hidden, grid)
+    _, mean, std = normalize_cubes(cubes)
+    nothing = mean.expand(-1, -1, cubes.shape[2] // 3, -1).flatten(2)  # zero, with the hidden cube's own statistics
+    if stats == "visible":  # mean and std of the visible cubes, weighted by 1/distance^2
+        weight = 1 / distance.clamp(min=1)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        mean, std = (torch.einsum("nv,bvpc->bnpc", weight, s[:, visible]) for s in (mean, std))
+    if model.normalize:
+        pixels = pred.float().unflatten(2, (-1, 3)) * std[:, hidden] + mean[:, hidden]
+        pred = pixels.flatten(2)
+
+    def paste(values: Tensor) -> Tensor:
+        return unpatchify(torch.where(hidden[None, :, None], values, cubes), grid, cube).clamp(0, 1)
+
+    full = torch.zeros_like(cubes)
+    full[:, hidden] = pred.float()
+    colour = cubes[:, visible].unflatten(2, (-1, 3)).mean(dim=(1, 2)).repeat(1, cubes.shape[2] // 3)
+    out = dict(
+        original=original,
+        masked=paste(torch.full_like(cubes, 0.5)),
+        model=paste(full),
+        nearest=paste(cubes[:, visible[distance.argmin(dim=1)]]),
+        mean=paste(colour[:, None].expand_as(cubes)),
+        hidden=unpatchify(hidden[None, :, None].expand_as(cubes), grid, cube),
+    )
+    if stats == "oracle" and model.normalize:
+        out["nothing"] = paste(nothing)
+    return out
+
+
+def psnr(result: dict[str, Tensor], key: str) -> float:
+    """Peak signal-to-noise ratio of one of reconstruct's videos over the masked pixels, in dB."""
+    error = (result[key] - result["original"])[result["hidden"]].square().mean()
+    return float(-10 * torch.log10(error))
+
+
+def make_figure(model, clips: list[Tensor], ratios, mask: str, stats: str, seed: int, out: Path, gif: Path | None = None):
+    """Write the figure (and GIF) for clips (1, T, C, H, W); returns {ratio: {column: mean PSNR over the clips, dB}}."""
+    columns, scores = [], {}
+    helped = stats == "oracle" and model.normalize
+    for number, clip in enumerate(clips):
+        for ratio in ratios:
+            generator = torch.Generator().manual_seed(derive_seed(3, seed, number))
+            hidden = MASKS[mask](1, model.encoder.grid, ratio, generator)
+            result = reconstruct(model, clip, hidden, stats)
+            if ratio == ratios[0]:
+                columns.append(("original", "", result["original"]))
+            columns.append((f"{ratio:.0%} masked", f"{int((~hidden).sum())} of {hidden.numel()} cubes", result["masked"]))
+            keys = ["model", "nearest", "mean"] + ["nothing"] * helped
+            for key in keys:
+                scores.setdefault(ratio, {}).setdefault(key, []).append(psnr(result, key))
+            columns.append(("oracle statistics" if helped else "reconstruction", f"{psnr(result, 'model'):.1f} dB", result["model"]))
+            if helped:
+                columns.append(("oracle, predict nothing", f"{psnr(result, 'nothing'):.1f} dB", result["nothing"]))
+    times = columns[0][2].shape[1]
+    rows = range(0, times, max(times // 8, 1))
+    images = [(title, note, video[0].permute(0, 2, 3, 1).numpy()) for title, note, video in columns]
+    save_columns(images, rows, out)
+    if gif:
+        stills = [save_columns(images, [t], None) for t in range(times)]
+        stills[0].save(gif, save_all=True, append_images=stills[1:], duration=150, loop=0)
+    return {ratio: {key: sum(v) / len(v) for key, v in by_key.items()} for ratio, by_key in scores.items()}
+
+
+def save_columns(images, rows, out: Path | None) -> Image.Image:
+    """Draw (title, note, frames (T, H, W, C)) columns, the given frames below each other; save to `out` if given."""
+    size = 1.1
+    figure, axes = plt.subplots(1, len(images), figsize=(size * len(images), size * len(rows) + 0.5), squeeze=False)
+    for axis, (title, note, frames) in zip(axes[0], images, strict=True):
+        axis.imshow(np.concatenate([np.pad(frames[t], ((1, 1), (1, 1), (0, 0)), constant_values=1) for t in rows]))
+        axis.set_title(f"{title}\n{note}", fontsize=6)
+        axis.axis("off")
+    figure.subplots_adjust(left=0.002, right=0.998, bottom=0.002, top=1 - 0.45 / (size * len(rows) + 0.5), wspace=0.03)
+    figure.canvas.draw()
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    if out:
+        figure.savefig(out, dpi=200)
+    plt.close(figure)
+    return image
+
+
+def plot_log(log: Path, out: Path) -> None:
+    """Loss and learning rate against the step, from a log.jsonl."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    points = [line for line in lines if "loss" in line]
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    axis.plot([p["step"] for p in points], [p["loss"] for p in points], label="training loss")
+    for line in lines:
+        if "predict_nothing" in line:
+            axis.axhline(line["predict_nothing"], color="grey", linestyle=":", label="predict nothing")
+    axis.set(xlabel="step", ylabel="loss")
+    rate = axis.twinx()
+    rate.plot([p["step"] for p in points], [p["lr"] for p in points], color="tab:orange", linewidth=0.7)
+    rate.set_ylabel("learning rate", color="tab:orange")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def example_videos(stage: dict, count: int = 2) -> list[Path]:
+    """Videos spread over the test part of what a model was trained on; over the training part where no test part is."""
+    paths = read_split(stage["data"], stage["splits"], stage["fold"], train=False).paths
+    return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(min(count, len(paths)))]
+
+
+def print_scores(scores: dict) -> None:
+    for ratio, by_key in scores.items():
+        print(f"{ratio:.0%} masked, PSNR on masked pixels: " + ", ".join(f"{k} {v:.2f} dB" for k, v in by_key.items()))
+
+
+def main(argv: list[str]) -> None:
+    _, cfg = parse_config(Config, argv, description=__doc__)
+    model, stage = load_model(cfg.checkpoint)
+    if model.target == "center" and cfg.mask != "tube":
+        raise ValueError(f"{cfg.checkpoint} predicts the central frame only: use --mask tube")
+    clips = [load_clip(path, model, cfg.stride or stage["stride"]) for path in cfg.videos or example_videos(stage)]
+    out = Path(cfg.out or Path(cfg.checkpoint).with_name("reconstruction.png"))
+    print_scores(make_figure(model, clips, cfg.ratios, cfg.mask, cfg.stats, cfg.seed, out, cfg.gif and Path(cfg.gif)))
+    print(f"wrote {out}" + (f" and {cfg.gif}" if cfg.gif else ""))
+
+
+if __name__ == "__main__":
+    cli(main)
