@@ -351,7 +351,9 @@ class Order(Sampler):
         for step in range(self.start, self.steps):
             epoch, number = divmod(step, per_epoch)
             if number == 0 or step == self.start:
-                order = torch.randperm(self.total, generator=torch.Generator().manual_seed(derive_seed(1, self.seed, epoch)))
+                order = torch.randperm(
+                    self.total, generator=torch.Generator().manual_seed(derive_seed(1, self.seed, epoch))
+                )
             begin = number * self.batch + self.rank * share
             for i in range(begin, begin + share, self.micro):
                 yield [(int(order[j]), derive_seed(2, self.seed, epoch, j)) for j in range(i, i + self.micro)]
@@ -386,7 +388,11 @@ def toy_video(motion: str, rng: np.random.Generator, size: int = 72) -> np.ndarr
     its mirror image in time or space among the classes, so that a single frame says nothing.
     """
     frames, radius = int(rng.integers(36, 49)), 0.16 * size * 1.5 ** rng.uniform(-1, 1)
-    reach, speed, turn, phase = size * rng.uniform(0.2, 0.3), rng.uniform(0.8, 1.25), *rng.uniform(0, 2 * np.pi, 2).tolist()
+    reach, speed, turn, phase = (
+        size * rng.uniform(0.2, 0.3),
+        rng.uniform(0.8, 1.25),
+        *rng.uniform(0, 2 * np.pi, 2).tolist(),
+    )
     cx, cy = (size * rng.uniform(0.4, 0.6, 2)).tolist()
     lobes = np.stack([rng.uniform(0.1, 0.25, 2), rng.uniform(0, 2 * np.pi, 2)]).T.tolist()  # of the blob's outline
     drift = rng.uniform(-0.1, 0.1, 2).tolist()  # the camera's, pixels a frame
@@ -414,7 +420,9 @@ def toy_video(motion: str, rng: np.random.Generator, size: int = 72) -> np.ndarr
         u, v = u * math.cos(angle) + v * math.sin(angle), v * math.cos(angle) - u * math.sin(angle)
         outline = 1 + sum(a * np.cos(k * np.arctan2(v, u) + p) for k, (a, p) in zip((2, 3), lobes, strict=True))
         cover = 0.5 - 0.5 * np.tanh((np.hypot(u, v) - outline) * (0.75 * radius * scale))[..., None]
-        ground = _texture(x + drift[0] * t, y + drift[1] * t, (0.5 * size, 1.5 * size), np.random.default_rng(ground_seed))
+        ground = _texture(
+            x + drift[0] * t, y + drift[1] * t, (0.5 * size, 1.5 * size), np.random.default_rng(ground_seed)
+        )
         blob = _texture(u, v, (1.5, 4), np.random.default_rng(blob_seed))
         video[t] = (255 * (ground + cover * (blob - ground))).clip(0, 255).round()
     return video
@@ -423,7 +431,9 @@ def toy_video(motion: str, rng: np.random.Generator, size: int = 72) -> np.ndarr
 def _write_video(path: Path, video: np.ndarray) -> None:
     """XviD-like MPEG-4 in AVI at 25 frames a second, as in UCF101; lightly compressed."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "3", "flags": "+qscale", "bf": "1", "g": "250"})
+        stream = container.add_stream(
+            "mpeg4", rate=25, options={"qscale": "3", "flags": "+qscale", "bf": "1", "g": "250"}
+        )
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

@@ -124,7 +124,9 @@ def psnr(result: dict[str, Tensor], key: str) -> float:
     return float(-10 * torch.log10(error))
 
 
-def make_figure(model, clips: list[Tensor], ratios, mask: str, stats: str, seed: int, out: Path, gif: Path | None = None):
+def make_figure(
+    model, clips: list[Tensor], ratios, mask: str, stats: str, seed: int, out: Path, gif: Path | None = None
+):
     """Write the figure (and GIF) for clips (1, T, C, H, W); returns {ratio: {column: mean PSNR over the clips, dB}}."""
     columns, scores = [], {}
     helped = stats == "oracle" and model.normalize
@@ -135,11 +137,19 @@ def make_figure(model, clips: list[Tensor], ratios, mask: str, stats: str, seed:
             result = reconstruct(model, clip, hidden, stats)
             if ratio == ratios[0]:
                 columns.append(("original", "", result["original"]))
-            columns.append((f"{ratio:.0%} masked", f"{int((~hidden).sum())} of {hidden.numel()} cubes", result["masked"]))
+            columns.append(
+                (f"{ratio:.0%} masked", f"{int((~hidden).sum())} of {hidden.numel()} cubes", result["masked"])
+            )
             keys = ["model", "nearest", "mean"] + ["nothing"] * helped
             for key in keys:
                 scores.setdefault(ratio, {}).setdefault(key, []).append(psnr(result, key))
-            columns.append(("oracle statistics" if helped else "reconstruction", f"{psnr(result, 'model'):.1f} dB", result["model"]))
+            columns.append(
+                (
+                    "oracle statistics" if helped else "reconstruction",
+                    f"{psnr(result, 'model'):.1f} dB",
+                    result["model"],
+                )
+            )
             if helped:
                 columns.append(("oracle, predict nothing", f"{psnr(result, 'nothing'):.1f} dB", result["nothing"]))
     times = columns[0][2].shape[1]
