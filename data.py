@@ -13,7 +13,6 @@ import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -297,9 +296,9 @@ def derive_seed(*numbers: int) -> int:
 class Videos(Dataset):
     """Clips of a split. The key is (index, seed): everything random about an item comes from its seed.
 
-    An item is (clips (R, T, C, H, W) uint8, label, unreadable paths): R clips from one decode, each cut and augmented
-    on its own. A file that cannot be read is left out and reported, and a random other one takes its place; for
-    training only. ValueError after 10 unreadable files in a row.
+    An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each cut and augmented on its
+    own. For training only: a file that cannot be read is left out and reported, {path: error}, and a random other one
+    takes its place. After 10 unreadable ones in a row the clips are None.
     """
 
     def __init__(self, split: Split, sample, transform, repeats: int = 1):
@@ -308,28 +307,31 @@ class Videos(Dataset):
     def __len__(self) -> int:
         return len(self.split.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:
-        (index, seed), unreadable = key, []
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
+        (index, seed), unreadable = key, {}
+        pick = lambda total: [i for _ in range(self.repeats) for i in self.sample(total)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            while True:
+            for _ in range(10):
                 try:
-                    pick = lambda total: [i for _ in range(self.repeats) for i in self.sample(total)]
                     frames = read_frames(self.split.paths[index], pick)
-                    break
                 except ValueError as error:
-                    unreadable.append(str(error))
-                    if len(unreadable) == 10:
-                        raise ValueError(f"10 unreadable videos in a row, the last: {error}") from error
+                    unreadable[str(self.split.paths[index])] = str(error)
                     index = int(torch.randint(len(self), ()))
-            clips = [self.transform(tv_tensors.Video(clip)) for clip in frames.chunk(self.repeats)]
-        return torch.stack([clip.as_subclass(Tensor) for clip in clips]), self.split.labels[index], unreadable
+                    continue
+                clips = [self.transform(tv_tensors.Video(clip)) for clip in frames.chunk(self.repeats)]
+                clips = torch.stack([clip.as_subclass(Tensor) for clip in clips])
+                return clips, self.split.labels[index], unreadable
+        return None, -1, unreadable
 
 
-def collate(items) -> tuple[Tensor, Tensor, list[str]]:
-    """Items -> (clips (B*R, T, C, H, W) uint8, labels (B*R,), unreadable paths); clips of one video stand together."""
-    clips, labels, unreadable = zip(*items, strict=True)
-    return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), sum(unreadable, [])
+def collate(items) -> tuple[Tensor | None, Tensor, dict[str, str]]:
+    """Items -> (clips (B*R, T, C, H, W) uint8, labels (B*R,), unreadable); the clips of a video stand together."""
+    clips, labels, parts = zip(*items, strict=True)
+    unreadable = {path: error for part in parts for path, error in part.items()}
+    if any(clip is None for clip in clips):
+        return None, torch.tensor(labels), unreadable
+    return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), unreadable
 
 
 class Order(Sampler):
@@ -462,7 +464,7 @@ def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0)
     jobs, lists = [], {"trainlist01.txt": [], "testlist01.txt": []}
     for i in range(train + test):
         label, number = i % len(MOTIONS), i // len(MOTIONS)
-        name = f"{MOTIONS[label]}/v_{MOTIONS[label]}_g{number // 4 + 1:02}_c{number % 4 + 1:02}.avi"
+        name = f"{MOTIONS[label]}/v_{MOTIONS[label]}_g{number + 1:02}_c01.avi"  # every scene its own group
         jobs.append((part / name, MOTIONS[label], (seed, i)))
         lists["trainlist01.txt" if i < train else "testlist01.txt"].append(f"{name} {label + 1}" if i < train else name)
     with ProcessPoolExecutor() as pool:

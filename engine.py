@@ -31,7 +31,7 @@ def parse_config(Config, argv: list[str], presets: dict[str, dict] | None = None
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists every flag)\n")
     if presets:
         parser.add_argument("preset", nargs="?", choices=presets, default=next(iter(presets)), help="recipe")
-    hints = typing.get_type_hints(Config)
+    hints, known = typing.get_type_hints(Config), ["--help"]
     for field in dataclasses.fields(Config):
         kind = hints[field.name]
         kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind  # `X | None`
@@ -41,8 +41,12 @@ def parse_config(Config, argv: list[str], presets: dict[str, dict] | None = None
         elif inner:  # Literal["a", "b"] or tuple[X, ...]
             how = {"choices": inner} if typing.get_origin(kind) is typing.Literal else {"type": inner[0], "nargs": "+"}
         about = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **how)
+        name = "--" + field.name.replace("_", "-")
+        known += parser.add_argument(name, default=argparse.SUPPRESS, help=about, **how).option_strings
     dashed = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in argv]
+    for flag in dashed:
+        if flag.startswith("--") and flag.split("=")[0] not in known:
+            parser.error(f"unknown flag {flag}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(dashed)).items()}
     preset = given.pop("preset", None)
     return preset, Config(**{**(presets or {}).get(preset, {}), **given})
@@ -51,12 +55,13 @@ def parse_config(Config, argv: list[str], presets: dict[str, dict] | None = None
 def cli(main) -> None:
     """Run a script's main; a ValueError that our own files raise is a user's mistake: one line, exit code 2."""
     try:
-        main(sys.argv[1:])
+        return main(sys.argv[1:])
     except ValueError as error:
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)  # out here the progress bar is closed
+    sys.exit(2)
 
 
 def setup(device: str) -> tuple[torch.device, int, int]:

@@ -173,13 +173,15 @@ def main(argv: list[str]) -> None:
             asked = time.time()
             clips, _, unreadable = next(batches)
             waited += time.time() - asked
+            bad.update(unreadable)
+            if clips is None or len(bad) > len(videos) / 10:
+                raise ValueError(f"over a tenth of the videos cannot be read, for example {next(iter(bad.values()))}")
             clips = clips.to(device, non_blocking=True)
             with net.no_sync() if processes > 1 and number < passes else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, _ = net(clips, mask)
                 scaler.scale(loss / passes).backward()
             total += loss.detach() / passes
-            bad.update(line.split(": ", 1) for line in unreadable)
         if cfg.clip_grad:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
@@ -192,8 +194,6 @@ def main(argv: list[str]) -> None:
             target = model.target_cubes(clips, torch.arange(mask.shape[1], device=device).expand(len(mask), -1))
             nothing = model.loss(target.mean().expand_as(target), target).item()
             log.write(config=config, torch=torch.__version__, predict_nothing=nothing)
-        if len(bad) > len(videos) / 10:
-            raise ValueError(f"over a tenth of the videos cannot be read, such as {': '.join(next(iter(bad.items())))}")
         if done % cfg.log_every == 0 or done == steps:
             count, now = (done - 1) % cfg.log_every + 1, time.time()
             loss = engine.mean_over_processes(total) / count
@@ -213,9 +213,10 @@ def main(argv: list[str]) -> None:
                 visualize.plot_log(run / "log.jsonl", run / "loss.png")
                 saved = time.time()
 
+    log.bar.close()
     if rank == 0:
-        for path, error in bad.items():
-            print(f"unreadable: {path}: {error}")
+        for error in bad.values():
+            print(f"left out, unreadable: {error}")
         visualize.main(["--checkpoint", str(run / "checkpoint.pt")])
     if processes > 1:
         dist.destroy_process_group()

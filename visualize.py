@@ -27,8 +27,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
+import engine
 from data import center_clip, derive_seed, eval_transform, read_frames, read_split
-from engine import cli, load_checkpoint, opt, parse_config
+from engine import opt
 from masking import MASKS
 from model import VideoMAE, normalize_cubes, patchify, token_indices, unit_range, unpatchify
 
@@ -48,7 +49,7 @@ class Config:
 
 def load_model(path: str) -> tuple[VideoMAE, dict]:
     """The model of a pre-training checkpoint, in eval mode, and the stage's configuration."""
-    state = load_checkpoint(path, "pretrain")
+    state = engine.load_checkpoint(path, "pretrain")
     model = VideoMAE(**state["config"]["model"])
     model.load_state_dict(state["model"])
     return model.eval(), state["config"]["stage"]
@@ -198,10 +199,19 @@ def plot_log(log: Path, out: Path) -> None:
     plt.close(figure)
 
 
-def example_videos(stage: dict, count: int = 2) -> list[Path]:
-    """Videos spread over the test part of what a model was trained on; over the training part where no test part is."""
+def example_clips(model: VideoMAE, stage: dict, stride: int, count: int = 2) -> list[Tensor]:
+    """Clips spread over the test videos of what a model was trained on (or, without a test part, its videos)."""
     paths = read_split(stage["data"], stage["splits"], stage["fold"], train=False).paths
-    return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(min(count, len(paths)))]
+    spread = sorted(paths, key=lambda path: derive_seed(5, *path.name.encode()))
+    clips = []
+    for path in spread:
+        try:
+            clips.append(load_clip(path, model, stride))
+        except ValueError as error:
+            print(f"left out of the figure: {error}")
+        if len(clips) == count:
+            break
+    return clips
 
 
 def print_scores(scores: dict) -> None:
@@ -210,15 +220,16 @@ def print_scores(scores: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    _, cfg = parse_config(Config, argv, description=__doc__)
+    _, cfg = engine.parse_config(Config, argv, text=__doc__)
     model, stage = load_model(cfg.checkpoint)
     if model.target == "center" and cfg.mask != "tube":
         raise ValueError(f"{cfg.checkpoint} predicts the central frame only: use --mask tube")
-    clips = [load_clip(path, model, cfg.stride or stage["stride"]) for path in cfg.videos or example_videos(stage)]
+    stride = cfg.stride or stage["stride"]
+    clips = [load_clip(p, model, stride) for p in cfg.videos] if cfg.videos else example_clips(model, stage, stride)
     out = Path(cfg.out or Path(cfg.checkpoint).with_name("reconstruction.png"))
     print_scores(make_figure(model, clips, cfg.ratios, cfg.mask, cfg.stats, cfg.seed, out, cfg.gif and Path(cfg.gif)))
     print(f"wrote {out}" + (f" and {cfg.gif}" if cfg.gif else ""))
 
 
 if __name__ == "__main__":
-    cli(main)
+    engine.cli(main)

@@ -6,8 +6,18 @@ from torch import nn
 
 from masking import random_mask, tube_mask
 from model import (
-    LOSSES, Classifier, Encoder, VideoMAE, grid_of, normalize_cubes, patchify, sincos_positions, take, token_indices,
-    unit_range, unpatchify,
+    LOSSES,
+    Classifier,
+    Encoder,
+    VideoMAE,
+    grid_of,
+    normalize_cubes,
+    patchify,
+    sincos_positions,
+    take,
+    token_indices,
+    unit_range,
+    unpatchify,
 )  # fmt: skip
 
 SMALL = dict(size="toy", video_size=(8, 32, 48), cube=(2, 8, 8))  # grid 4 x 4 x 6

@@ -1,0 +1,439 @@
+"""Data: exact frames from every kind of file, sampling tables, split files, order, augmentation, toy videos."""
+
+import random
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+import data
+from data import (
+    MOTIONS,
+    MultiScaleCrop,
+    Order,
+    Split,
+    Videos,
+    center_clip,
+    collate,
+    derive_seed,
+    make_loader,
+    make_toy,
+    read_frames,
+    read_split,
+    sample_clip,
+    toy_video,
+    train_transform,
+)  # fmt: skip
+
+
+def numbered(index: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """A frame that says its number: 8 bits as dark and bright blocks, 2 rows of 4; the rest a soft ramp."""
+    image = np.full((height, width, 3), 100, np.uint8)
+    for bit in range(8):
+        y, x = divmod(bit, 4)
+        image[2 + 30 * y : 26 + 30 * y, 2 + 24 * x : 22 + 24 * x] = 200 if index >> bit & 1 else 40
+    return image
+
+
+def number_of(frame: torch.Tensor) -> int:
+    """The number that a decoded frame (3, H, W) says."""
+    blocks = [
+        frame[:, 6 + 30 * (bit // 4) : 22 + 30 * (bit // 4), 6 + 24 * (bit % 4) : 18 + 24 * (bit % 4)]
+        for bit in range(8)
+    ]
+    return sum((block.float().mean() > 120).long().item() << bit for bit, block in enumerate(blocks))
+
+
+def write(path, codec="libx264", frames=60, pix_fmt="yuv420p", times=None, size=(64, 96), rotation=0, **options):
+    """A video of numbered frames; `times` are presentation times in 1/1000 s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
+        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(numbered(i, *size), format="rgb24").reformat(format=pix_fmt)
+            if times:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+                stream.codec_context.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+# frames
+
+
+@pytest.mark.parametrize(
+    "name, codec, options",
+    [
+        ("plain.mp4", "libx264", dict(g=12, bf=0)),
+        ("b-frames.mp4", "libx264", dict(g=12, bf=3)),
+        ("one-key-frame.mkv", "libx264", dict(g=250, bf=2)),
+        ("open-gop.mp4", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+        ("open-gop.mkv", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+        ("hevc.mp4", "libx265", {"x265-params": "keyint=12:bframes=3:log-level=none"}),
+        ("xvid-like.avi", "mpeg4", dict(g=12, bf=2)),
+        ("mpeg4.mp4", "mpeg4", dict(g=12, bf=2)),
+        ("h264.avi", "libx264", dict(g=12, bf=3)),
+        ("stream.ts", "libx264", dict(g=12, bf=3)),
+        ("vp9.webm", "libvpx-vp9", dict(g=12, speed=8)),
+        ("jpeg.avi", "mjpeg", dict()),
+    ],
+)
+def test_the_frames_asked_for_are_the_frames_delivered(tmp_path, name, codec, options):
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = write(tmp_path / name, codec, pix_fmt=pix_fmt, **options)
+    totals, rng = [], random.Random(0)
+    read_frames(path, lambda total: totals.append(total) or [0])
+    assert totals == [60]
+    for wanted in (
+        [0],
+        [59],
+        [59, 0, 30, 30],
+        [11, 12, 13],
+        *([rng.randrange(60) for _ in range(5)] for _ in range(8)),
+    ):
+        frames = read_frames(path, wanted)
+        assert frames.shape == (len(wanted), 3, 64, 96) and frames.dtype == torch.uint8
+        assert [number_of(frame) for frame in frames] == wanted
+
+
+@pytest.mark.parametrize("name", ["variable.mp4", "variable.mkv"])
+def test_frames_count_by_order_not_by_time(tmp_path, name):
+    times = np.cumsum([700] + [40, 120, 7, 300] * 10)[:40].tolist()  # uneven steps, start at 0.7 s
+    path = write(tmp_path / name, frames=40, times=times, g=10, bf=2)
+    assert [number_of(f) for f in read_frames(path, lambda total: [0, 17, 23, total - 1])] == [0, 17, 23, 39]
+
+
+@pytest.mark.parametrize("pix_fmt, codec", [("gray", "ffv1"), ("yuv420p10le", "libx264"), ("yuv444p", "libx264")])
+def test_pixel_formats_become_rgb(tmp_path, pix_fmt, codec):
+    path = write(tmp_path / "video.mkv", codec, pix_fmt=pix_fmt, frames=20)
+    frames = read_frames(path, [3, 12])
+    assert frames.shape[1] == 3 and [number_of(f) for f in frames] == [3, 12]
+    block = frames[0, :, 6:20, 6:18].float()
+    assert (block - 200).abs().mean() < 6  # bit 0 of 3 is bright in every channel
+
+
+@pytest.mark.parametrize("size", [(65, 97), (67, 98)])
+def test_odd_sizes(tmp_path, size):
+    frames = read_frames(write(tmp_path / "odd.mkv", "ffv1", pix_fmt="bgr0", frames=5, size=size), [4])
+    assert frames.shape == (1, 3, *size) and number_of(frames[0]) == 4
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_metadata_is_applied(tmp_path, rotation):
+    path = write(tmp_path / "turned.mp4", frames=5, rotation=rotation)
+    stored = read_frames(write(tmp_path / "plain.mp4", frames=5), [3])
+    shown = read_frames(path, [3])
+    assert torch.equal(
+        shown, torch.rot90(stored, rotation // 90, dims=(2, 3))
+    )  # counter-clockwise, as FFmpeg's players
+
+
+def test_colours_survive(tmp_path):
+    with av.open(str(tmp_path / "red.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(3):
+            image = np.broadcast_to(np.array([200, 30, 60], np.uint8), (64, 64, 3)).copy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    colour = read_frames(tmp_path / "red.mp4", [1])[0].float().mean(dim=(1, 2))
+    assert (colour - torch.tensor([200.0, 30, 60])).abs().max() < 6
+
+
+def unreadable(folder):
+    """Files that hold no decodable video, by name."""
+    whole = write(folder / "whole.mp4", frames=30).read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.avi").write_text("this is not a video\n" * 50)
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        for _ in range(10):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 44100
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return ["truncated.mp4", "empty.mp4", "text.avi", "sound.mp4", "missing.mp4"]
+
+
+def test_unreadable_files_raise_with_their_path(tmp_path):
+    for name in unreadable(tmp_path):
+        with pytest.raises(ValueError, match=name):
+            read_frames(tmp_path / name, [0])
+
+
+def test_a_truncated_avi_gives_the_frames_it_still_has(tmp_path):
+    whole = write(tmp_path / "whole.avi", "mpeg4", g=1).read_bytes()
+    path = tmp_path / "cut.avi"
+    path.write_bytes(whole[: len(whole) // 2])
+    totals = []
+    frames = read_frames(path, lambda total: totals.append(total) or [total // 2])
+    assert 10 < totals[-1] < 50 and number_of(frames[0]) == totals[-1] // 2
+
+
+def test_frames_a_file_does_not_have_are_refused(tmp_path):
+    path = write(tmp_path / "short.mp4", frames=15)
+    for wanted in ([15], [-1], []):
+        with pytest.raises(ValueError, match="short.mp4"):
+            read_frames(path, wanted)
+
+
+# sampling rules
+
+
+@pytest.mark.parametrize(
+    "total, frames, stride, starts, step",
+    [
+        (300, 16, 4, 237, 4),  # N >= 16*4: start uniform on 0..N-64, as the official code
+        (64, 16, 4, 1, 4),
+        (61, 16, 4, 1, 4),  # the clip still fits
+        (60, 16, 4, 13, 3),  # stride shrinks to the largest that fits
+        (40, 16, 4, 9, 2),
+        (16, 16, 4, 1, 1),
+    ],
+)
+def test_sample_clip(total, frames, stride, starts, step):
+    torch.manual_seed(0)
+    clips = [sample_clip(total, frames, stride) for _ in range(4000)]
+    assert all(np.diff(clip).tolist() == [step] * (frames - 1) for clip in clips)
+    assert {clip[0] for clip in clips} == set(range(starts))
+    assert max(clip[-1] for clip in clips) < total
+
+
+def test_only_videos_shorter_than_the_clip_repeat_their_last_frame():
+    assert sample_clip(15, 16, 4) == [*range(15), 14]
+    assert sample_clip(1, 16, 4) == [0] * 16
+    assert center_clip(10, 4, 2) == [1, 3, 5, 7] and center_clip(2, 4, 2) == [0, 1, 1, 1]
+
+
+def test_sampling_is_uniform():
+    torch.manual_seed(0)
+    counts = np.bincount([sample_clip(24, 8, 2)[0] for _ in range(9000)])
+    assert len(counts) == 9 and abs(counts - 1000).max() < 130
+
+
+# lists and splits
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def ucf101(folder):
+    names = [f"{c}/v_{c}_g{g:02}_c01.avi" for c in ("Archery", "Bowling") for g in range(1, 5)]
+    touch(folder, *names)
+    lists = folder / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("1 Archery\n2 Bowling\n")
+    train = [name for name in names if "_g01" not in name]
+    (lists / "trainlist01.txt").write_text("".join(f"{n} {1 + n.startswith('B')}\r\n" for n in train))
+    (lists / "testlist01.txt").write_text("\n".join(n for n in names if "_g01" in n))
+    return lists
+
+
+def test_ucf101_layout(tmp_path):
+    lists = ucf101(tmp_path)
+    train, test = read_split(tmp_path, lists), read_split(tmp_path, lists, train=False)
+    assert train.classes == ["Archery", "Bowling"] and train.labels == [0, 0, 0, 1, 1, 1]
+    assert [path.name for path in test.paths] == ["v_Archery_g01_c01.avi", "v_Bowling_g01_c01.avi"]
+    assert test.labels == [0, 1] and read_split(tmp_path) == train  # found by its official name
+
+
+def test_ucf101_mistakes(tmp_path):
+    lists = ucf101(tmp_path)
+    with pytest.raises(ValueError, match="trainlist02"):
+        read_split(tmp_path, lists, fold=2)
+    (tmp_path / "Bowling" / "v_Bowling_g01_c01.avi").unlink()
+    with pytest.raises(ValueError, match="1 of 2 .*v_Bowling_g01_c01.avi"):
+        read_split(tmp_path, lists, train=False)
+    with open(lists / "testlist01.txt", "a") as file:
+        file.write("\nArchery/v_Archery_g02_c07.avi\n")
+    with pytest.raises(ValueError, match="Archery_g02 is in both"):
+        read_split(tmp_path, lists)
+
+
+def test_official_counts_are_checked(tmp_path):
+    lists = ucf101(tmp_path)
+    (lists / "classInd.txt").write_text(
+        "".join(f"{i + 1} {c}\n" for i, c in enumerate(["Archery", "Bowling", *map(str, range(99))]))
+    )
+    with pytest.raises(ValueError, match="9537 training and 3783 test videos, these lists 6 and 2"):
+        read_split(tmp_path, lists)
+    assert all(sum(counts) == 13320 for counts in data.UCF101_COUNTS.values())
+
+
+def test_hmdb51_layout(tmp_path):
+    touch(tmp_path, *(f"{c}/{c}_{i}.avi" for c in ("wave", "clap") for i in range(3)))
+    lists = tmp_path / "testTrainMulti_7030_splits"
+    lists.mkdir()
+    for c in ("wave", "clap"):
+        (lists / f"{c}_test_split1.txt").write_text("".join(f"{c}_{i}.avi {i} \n" for i in range(3)))
+    train, test = read_split(tmp_path, lists), read_split(tmp_path, train=False)
+    assert train.classes == ["clap", "wave"] and train.labels == [0, 1] == test.labels
+    assert [p.name for p in train.paths] == ["clap_1.avi", "wave_1.avi"]
+    assert [p.name for p in test.paths] == ["clap_2.avi", "wave_2.avi"]
+    (lists / "clap_test_split1.txt").write_text("clap_0.avi 3\n")
+    with pytest.raises(ValueError, match="clap_0.avi 3"):
+        read_split(tmp_path, lists)
+
+
+def test_lists(tmp_path):
+    touch(tmp_path, "a b.mp4", "c.mp4", "d 7.mp4")
+    lines = tmp_path / "list.txt"
+    lines.write_text("a b.mp4 3\nc.mp4  1\n\nd 7.mp4\t0\na b.mp4\n")
+    split = read_split(tmp_path, lines)
+    assert [path.name for path in split.paths] == ["a b.mp4", "c.mp4", "d 7.mp4", "a b.mp4"]
+    assert split.labels == [3, 1, 0, -1] and len(split.classes) == 4
+
+
+def test_folders(tmp_path):
+    touch(tmp_path, "run/b.mp4", "run/a.AVI", "walk/c.mkv", "walk/readme.txt")
+    split = read_split(tmp_path)
+    assert [p.name for p in split.paths] == ["a.AVI", "b.mp4", "c.mkv"]
+    assert split.labels == [0, 0, 1] and split.classes == ["run", "walk"]
+
+
+def test_places_without_videos(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for args, words in (
+        ((tmp_path / "nowhere",), "no folder .*nowhere"),
+        ((tmp_path / "empty",), "no videos"),
+        ((tmp_path, tmp_path / "nosplits"), "no file or folder .*nosplits"),
+        ((tmp_path, tmp_path / "empty"), "neither classInd.txt"),
+        ((tmp_path, tmp_path / "binary.txt"), "not a text file"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_split(*args)
+
+
+# order, data set, loader
+
+
+@pytest.mark.parametrize("processes, micro", [(1, 8), (1, 2), (2, 2), (4, 2)])
+def test_order_is_the_same_at_any_number_of_processes(processes, micro):
+    whole = [key for batch in Order(21, 8, 8, 0, 5, seed=3, rank=0, size=1) for key in batch]
+    parts = [list(Order(21, 8, micro, 0, 5, 3, rank, processes)) for rank in range(processes)]
+    share = 8 // processes
+    for step in range(5):
+        got = [key for part in parts for batch in part[step * share // micro :][: share // micro] for key in batch]
+        assert got == whole[step * 8 : step * 8 + 8]
+
+
+def test_order_visits_each_video_once_an_epoch_and_resumes():
+    whole = list(Order(20, 5, 5, 0, 12, 0, 0, 1))
+    for epoch in range(3):
+        assert sorted(index for batch in whole[4 * epoch : 4 * epoch + 4] for index, _ in batch) == list(range(20))
+    assert list(Order(20, 5, 5, 6, 12, 0, 0, 1)) == whole[6:]
+    assert len({seed for batch in whole for _, seed in batch}) == 60
+    assert list(Order(20, 5, 5, 0, 12, 1, 0, 1)) != whole
+    with pytest.raises(ValueError, match="--batch 3"):
+        Order(3, 5, 5, 0, 1, 0, 0, 1)
+
+
+def test_derived_seeds_differ():
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+    assert len({derive_seed(k, s, i) for k in (1, 2, 3) for s in range(10) for i in range(10)}) == 300
+
+
+def numbered_videos(folder, count=4, frames=40):
+    paths = [write(folder / f"{i}.mp4", frames=frames, size=(64, 96)) for i in range(count)]
+    return Split(paths, list(range(count)), [str(i) for i in range(count)])
+
+
+def test_items_depend_on_their_seed_alone(tmp_path):
+    videos = Videos(
+        numbered_videos(tmp_path), lambda n: sample_clip(n, 8, 2), train_transform(32, flip=True), repeats=2
+    )
+    before = torch.random.get_rng_state()
+    clips, label, bad = videos[2, 7]
+    assert clips.shape == (2, 8, 3, 32, 32) and clips.dtype == torch.uint8 and label == 2 and bad == {}
+    assert not torch.equal(clips[0], clips[1])
+    assert torch.equal(clips, videos[2, 7][0]) and not torch.equal(clips, videos[2, 8][0])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_deliver_what_the_main_process_would(tmp_path):
+    videos = Videos(numbered_videos(tmp_path), lambda n: sample_clip(n, 8, 2), train_transform(32, flip=False))
+    batches = [list(make_loader(videos, Order(4, 2, 2, 0, 4, 0, 0, 1), workers, pin=False)) for workers in (0, 2)]
+    assert len(batches[0]) == 4 and batches[0][0][0].shape == (2, 8, 3, 32, 32)
+    for (a, labels_a, _), (b, labels_b, _) in zip(*batches, strict=True):
+        assert torch.equal(a, b) and torch.equal(labels_a, labels_b)
+
+
+def test_collate_keeps_a_videos_clips_together():
+    items = [(torch.full((2, 1, 3, 4, 4), i), i, {f"bad{i}": "why"}) for i in range(3)]
+    clips, labels, bad = collate(items)
+    assert clips[:, 0, 0, 0, 0].tolist() == labels.tolist() == [0, 0, 1, 1, 2, 2] and list(bad) == ["bad0", "bad1", "bad2"]
+
+
+def test_unreadable_training_videos_are_reported_and_left_out(tmp_path):
+    split = numbered_videos(tmp_path)
+    split.paths[1] = tmp_path / "broken.mp4"
+    split.paths[1].write_text("no video")
+    videos = Videos(split, lambda n: sample_clip(n, 8, 2), train_transform(32, False))
+    clips, label, bad = videos[1, 0]
+    assert label != 1 and list(bad) == [str(split.paths[1])] and "broken.mp4: Invalid data" in bad[str(split.paths[1])]
+    assert torch.equal(clips, videos[1, 0][0])
+    split.paths[:] = [split.paths[1]] * 4
+    assert collate([videos[0, 0]])[0] is None  # the training loop stops at this
+
+
+# augmentation
+
+
+def test_multi_scale_crop_draws_the_published_boxes():
+    crop, image = MultiScaleCrop(224), torch.zeros(3, 240, 320)
+    torch.manual_seed(0)
+    boxes = [crop.make_params([image]) for _ in range(4000)]
+    sides = {240, 210, 180, 158}
+    assert {box["width"] for box in boxes} == {box["height"] for box in boxes} == sides
+    assert len({(box["width"], box["height"]) for box in boxes}) == 10  # at most one scale apart
+    full = [(b["left"], b["top"]) for b in boxes if (b["width"], b["height"]) == (210, 210)]
+    dx, dy = (320 - 210) // 4, (240 - 210) // 4
+    expected = {(x * dx, y * dy) for x, y in MultiScaleCrop.PLACES}
+    assert set(full) == expected and len(expected) == 13
+    # sizes within 2 pixels of the target snap to it
+    widths = lambda size, image: {MultiScaleCrop(size).make_params([image])["width"] for _ in range(200)}
+    assert widths(210, torch.zeros(3, 238, 300)) == {238, 210, 178, 157}
+    assert widths(211, torch.zeros(3, 238, 300)) == {238, 208, 178, 157}
+
+
+def test_a_clip_gets_one_crop_and_one_flip():
+    still = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8).expand(8, 3, 48, 64)
+    for _ in range(10):
+        clip = train_transform(32, flip=True)(tv_tensors.Video(still))
+        assert clip.shape == (8, 3, 32, 32) and (clip == clip[:1]).all()
+
+
+# toy videos
+
+
+def test_toy_data_set_has_ucf101s_layout(tmp_path):
+    make_toy(tmp_path / "toy", train=24, test=12)
+    train, test = read_split(tmp_path / "toy"), read_split(tmp_path / "toy", train=False)
+    assert train.classes == list(MOTIONS) and sorted(train.labels) == sorted(list(range(12)) * 2)
+    assert sorted(test.labels) == list(range(12)) and not set(train.paths) & set(test.paths)
+    frames = read_frames(train.paths[0], lambda total: list(range(total)))
+    assert 36 <= len(frames) <= 48 and frames.shape[2:] == (72, 72)
+    make_toy(tmp_path / "toy")  # is there: nothing happens
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="other exists"):
+        make_toy(tmp_path / "other")
+
+
+def test_toy_videos_are_reproducible_smooth_and_moving():
+    for motion in MOTIONS:
+        video = toy_video(motion, np.random.default_rng(5)).astype(float)
+        assert (video == toy_video(motion, np.random.default_rng(5))).all()
+        assert abs(np.diff(video, axis=0)).max() > 20  # something moves
+        assert abs(np.diff(video, axis=1)).mean() < 8 and abs(np.diff(video, axis=2)).mean() < 8  # no noise
+        assert video.std(axis=(1, 2)).mean() > 15  # no flat pictures

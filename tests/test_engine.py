@@ -1,0 +1,139 @@
+"""Plumbing: flags, learning rate, parameter groups, checkpoints, log."""
+
+import json
+import pickle
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+import engine
+from model import VideoMAE
+
+
+@dataclass
+class Flags:
+    count: int = engine.opt(3, "clips")
+    rate: float | None = engine.opt(None, "Hz")
+    kind: Literal["a", "b"] = engine.opt("a", "100% kind")
+    cube: tuple[int, ...] = engine.opt((2, 8, 8), "pixels")
+    flip_it: bool = engine.opt(True, "mirror")
+
+
+PRESETS = {"small": dict(count=1), "big": dict(count=9, rate=2.0)}
+
+
+def test_flags_win_over_presets_and_presets_over_defaults():
+    assert engine.parse_config(Flags, [], PRESETS) == ("small", Flags(count=1))
+    preset, flags = engine.parse_config(Flags, "big --rate 5 --cube 1 2 3 --no-flip-it --kind b".split(), PRESETS)
+    assert preset == "big" and flags == Flags(9, 5.0, "b", (1, 2, 3), False)
+    assert engine.parse_config(Flags, ["--flip_it"])[1].flip_it is True  # underscores work too
+    assert engine.parse_config(Flags, ["--rate=-1e-3"])[1].rate == -1e-3
+
+
+@pytest.mark.parametrize("argv", ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False"])
+def test_mistakes_in_flags_are_one_line_and_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        engine.parse_config(Flags, argv.split(), PRESETS)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_shows_units_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        engine.parse_config(Flags, ["--help"], PRESETS)
+    assert "100% kind (default: a)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_learning_rate_follows_the_official_schedule():
+    lr = [engine.cosine_lr(step, 100, 10, 1.0, 0.1) for step in range(100)]
+    assert lr[0] == 0 and lr[9] == 1 and lr[3] == pytest.approx(3 / 9)  # linspace(0, 1, 10)
+    assert lr[10] == 1 and lr[55] == pytest.approx(0.55)  # half-way: the mean of peak and floor
+    assert 0.1 < lr[99] < 0.101
+    assert engine.cosine_lr(0, 10, 0, 1.0, 0.0) == 1
+
+
+def test_effective_batch():
+    assert engine.split_batch(192, 1, None) == (192, 1)
+    assert engine.split_batch(192, 4, None) == (48, 1)
+    assert engine.split_batch(192, 4, 16) == (16, 3)
+    for bad in ((10, 4, None), (192, 1, 100), (2, 4, None)):
+        with pytest.raises(ValueError, match=str(bad[0])):
+            engine.split_batch(*bad)
+
+
+def test_vectors_and_the_mask_token_do_not_decay():
+    model = VideoMAE("toy", (4, 16, 16), (2, 8, 8))
+    decay, plain = engine.param_groups(model, 0.05)
+    assert decay["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+    assert len(decay["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert all(p.ndim == 2 for p in decay["params"])
+    assert any(p is model.mask_token for p in plain["params"])
+
+
+def test_checkpoints_survive_a_failed_write(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    engine.save_checkpoint(path, stage="pretrain", step=1)
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        engine.save_checkpoint(path, stage="pretrain", step=lambda: 0)  # stops in the middle
+    assert engine.load_checkpoint(path, "pretrain")["step"] == 1
+
+
+class Attack:
+    def __reduce__(self):
+        return (open, ("/tmp/videomae-was-here", "w"))
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    files = {
+        name: tmp_path / name for name in ("text.pt", "attack.pt", "other.pt", "finetune.pt", "cut.pt", "missing.pt")
+    }
+    files["text.pt"].write_text("hello")
+    torch.save({"stage": "pretrain", "model": Attack()}, files["attack.pt"])
+    torch.save({"state_dict": {}}, files["other.pt"])
+    torch.save({"stage": "finetune"}, files["finetune.pt"])
+    whole = tmp_path / "whole.pt"
+    engine.save_checkpoint(whole, stage="pretrain", model=torch.zeros(10000))
+    files["cut.pt"].write_bytes(whole.read_bytes()[:20000])
+    for name, path in files.items():
+        with pytest.raises(ValueError, match=name):
+            engine.load_checkpoint(path, "pretrain")
+    import os
+
+    assert not os.path.exists("/tmp/videomae-was-here")
+
+
+def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    with pytest.raises(SystemExit) as stop:
+        engine.cli(lambda argv: engine.load_checkpoint(tmp_path / "none.pt", "pretrain"))
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: no checkpoint at {tmp_path}/none.pt\n"
+    with pytest.raises(ValueError, match="invalid literal"):
+        engine.cli(lambda argv: json.loads("[1]", parse_int=lambda s: int("x")))
+
+
+def test_log_drops_what_the_checkpoint_does_not_cover(tmp_path):
+    path = tmp_path / "run" / "log.jsonl"
+    log = engine.Log(path, 0, 30, on=True)
+    log.write(config={})
+    for step in (10, 20, 30):
+        log.write(step=step, loss=1.0 / step)
+    engine.Log(path, 20, 30, on=True)
+    assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 10, 20]
+    engine.Log(path, 0, 30, on=True)
+    assert path.read_text() == ""
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert engine.precision_dtype("bf16", cpu) == torch.bfloat16
+    assert engine.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        engine.precision_dtype("fp16", cpu)
+
+
+def test_cuda_without_a_gpu_is_one_clear_error():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(ValueError, match="--device cpu"):
+        engine.setup("cuda")

@@ -1,0 +1,238 @@
+"""The scripts through their mains, on a small toy set: files left behind, resume, accumulation, processes, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+import pretrain
+import visualize
+from data import make_toy
+
+TINY = "--epochs 3 --batch 8 --micro 4 --repeats 1 --workers 0 --log-every 1 --warmup 1 --decoder-depth 1 --precision fp32".split()
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    make_toy(folder, train=24, test=12)
+    return folder
+
+
+@pytest.fixture
+def here(toy, tmp_path, monkeypatch):
+    """An empty working directory; the toy set's path."""
+    monkeypatch.chdir(tmp_path)
+    return str(toy)
+
+
+def losses(name):
+    lines = [json.loads(line) for line in open(f"runs/{name}/log.jsonl")]
+    return {line["step"]: line["loss"] for line in lines if "step" in line}
+
+
+def test_pretrain_then_visualize(here, capsys):
+    pretrain.main(["--data", here, *TINY])
+    for name in ("checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"):
+        assert os.path.getsize(f"runs/pretrain-toy/{name}") > 1000
+    first = json.loads(open("runs/pretrain-toy/log.jsonl").readline())
+    assert first["config"]["model"]["decoder_depth"] == 1 and first["predict_nothing"] == pytest.approx(1, abs=0.02)
+    assert list(losses("pretrain-toy")) == list(range(1, 10))
+    capsys.readouterr()
+
+    video = f"{here}/Grow/v_Grow_g01_c01.avi"
+    for mask in ("tube", "random", "frame"):
+        visualize.main(["--videos", video, video, "--mask", mask, "--ratios", "0.75", "--out", f"{mask}.png"])
+        assert "75% masked, PSNR on masked pixels: model" in capsys.readouterr().out
+    visualize.main(["--videos", video, "--stats", "oracle", "--out", "oracle.png", "--gif", "moving.gif"])
+    assert "nothing" in capsys.readouterr().out
+    assert Image.open("oracle.png").width > Image.open("tube.png").width / 2
+    with Image.open("moving.gif") as gif:
+        assert gif.n_frames == 8
+    pretrain.main(["--data", here, "--resume", *TINY])  # nothing left to do
+
+
+def test_resume_equals_the_uninterrupted_run(here, monkeypatch):
+    pretrain.main(["--data", here, "--name", "whole", *TINY])
+
+    save = engine.save_checkpoint
+
+    def save_and_die(path, **state):
+        save(path, **state)
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(["--data", here, "--name", "cut", "--save-minutes", "0", *TINY])
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+    pretrain.main(["--data", here, "--name", "cut", "--resume", *TINY])
+    assert losses("cut") == losses("whole")
+    weights = [engine.load_checkpoint(f"runs/{name}/checkpoint.pt", "pretrain")["model"] for name in ("cut", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_accumulation_and_repeats(here):
+    pretrain.main(["--data", here, "--name", "micro", *TINY])
+    pretrain.main(["--data", here, "--name", "whole", *TINY, "--micro", "8"])
+    pretrain.main(["--data", here, "--name", "two", *TINY, "--repeats", "2"])
+    a, b = losses("micro"), losses("whole")
+    assert all(a[step] == pytest.approx(b[step], rel=1e-4) for step in a)
+    assert list(losses("two")) == list(a) and losses("two") != a
+
+
+def test_two_processes_train_as_one(here):
+    pretrain.main(["--data", here, "--name", "one", *TINY])
+    arguments = ["--standalone", "--nproc_per_node=2", pretrain.__file__, "--data", here, "--name", "two", *TINY]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=170
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses("one"), losses("two")
+    assert one.keys() == two.keys() and all(one[step] == pytest.approx(two[step], rel=1e-4) for step in one)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--target center", "--target double", "--mask frame --loss l1", "--mask random --no-normalize --checkpointing",
+     "--clip-grad 0.1 --precision bf16 --flip --beta2 0.9 --weight-decay 0.1"],
+)  # fmt: skip
+def test_options_train_and_draw(here, flags):
+    pretrain.main(["--data", here, *TINY, *flags.split(), "--epochs", "1"])
+    assert all(np.isfinite(list(losses("pretrain-toy").values())))
+
+
+def test_presets_hold_the_published_recipes():
+    table = {  # epochs, batch, base lr, mask ratio, stride: paper Table 9 and Appendix B
+        "ssv2": (800, 1024, 1.5e-4, 0.9, 2),
+        "k400": (800, 1024, 1.5e-4, 0.9, 4),
+        "ucf101": (3200, 192, 3e-4, 0.75, 4),
+        "hmdb51": (4800, 192, 3e-4, 0.75, 2),
+    }
+    for name, row in table.items():
+        _, cfg = engine.parse_config(pretrain.Config, [name], pretrain.PRESETS)
+        assert (cfg.epochs, cfg.batch, cfg.base_lr, cfg.ratio, cfg.stride) == row
+        assert (cfg.size, cfg.frames, cfg.resolution, cfg.cube, cfg.mask) == ("base", 16, 224, (2, 16, 16), "tube")
+        assert (cfg.warmup, cfg.min_lr, cfg.beta2, cfg.weight_decay, cfg.flip) == (40, 1e-5, 0.95, 0.05, name == "k400")
+
+
+# figures
+
+
+def tiny_model(**kwargs):
+    from model import VideoMAE
+
+    torch.manual_seed(0)
+    return VideoMAE("toy", (8, 64, 64), (2, 8, 8), **kwargs).eval()
+
+
+@pytest.mark.parametrize("target", ["clip", "center", "double"])
+def test_figures_do_not_leak_hidden_pixels(target):
+    """With visible statistics, changing what is hidden changes nothing in the reconstruction; with oracle it does."""
+    from masking import tube_mask
+    from model import patchify, unpatchify
+
+    model = tiny_model(target=target)
+    frames = 16 if target == "double" else 8
+    video = torch.randint(0, 256, (1, frames, 3, 64, 64), dtype=torch.uint8)
+    mask = tube_mask(1, (4, 8, 8), 0.75)
+    cubes = patchify(video, (frames // 4, 8, 8))
+    other = unpatchify(torch.where(mask[:, :, None], 255 - cubes // 2, cubes), (4, 8, 8), (frames // 4, 8, 8))
+    for stats, same in (("visible", True), ("oracle", False)):
+        a, b = (visualize.reconstruct(model, v, mask, stats) for v in (video, other))
+        hidden = a["hidden"]
+        assert torch.allclose(a["model"][hidden], b["model"][hidden], atol=1e-5) == same
+        assert torch.equal(a["nearest"][hidden], b["nearest"][hidden]) and torch.equal(a["mean"], b["mean"])
+        assert ("nothing" in a) == (not same)
+        assert torch.equal(a["model"][~hidden], a["original"][~hidden])  # visible cubes are pasted in
+
+
+def test_psnr_and_baselines():
+    model = tiny_model(normalize=False)
+    from masking import tube_mask
+
+    video = torch.full((1, 8, 3, 64, 64), 128, dtype=torch.uint8)
+    video[:, :, 0] = 50
+    result = visualize.reconstruct(model, video, tube_mask(1, (4, 8, 8), 0.75))
+    for key in ("nearest", "mean"):  # one colour everywhere: the baselines are perfect
+        torch.testing.assert_close(result[key], result["original"])
+    result["model"] = result["original"] + 0.1
+    assert visualize.psnr(result, "model") == pytest.approx(20, abs=1e-3)
+
+
+# mistakes: one clear line, exit code 2
+
+
+@pytest.mark.parametrize(
+    "stage, flags, words",
+    [
+        (pretrain, "ucf101", "--data is missing"),
+        (pretrain, "--data nowhere", "nowhere"),
+        (pretrain, "--data empty", "no videos"),
+        (pretrain, "--data TOY --splits nowhere", "nowhere"),
+        (pretrain, "--data texts --batch 4 --workers 0", "texts/"),
+        (pretrain, "--data TOY --batch 500", "500"),
+        (pretrain, "--data TOY --batch 8 --resume", "no checkpoint"),
+        (pretrain, "--data TOY --batch 8 --ratio 1", "ratio 1.0"),
+        (pretrain, "--data TOY --batch 8 --resolution 60", "60"),
+        (pretrain, "--data TOY --target center --mask random", "--mask tube"),
+        (pretrain, "--data TOY --target double --stride 3", "even --stride"),
+        (pretrain, "--wiggle 3", "--wiggle"),
+        (visualize, "--checkpoint other.pt", "other.pt"),
+        (visualize, "--checkpoint none.pt", "none.pt"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(here, capfd, monkeypatch, stage, flags, words):
+    os.makedirs("empty")
+    os.makedirs("texts")
+    for i in range(12):
+        open(f"texts/{i}.avi", "w").write("not a video")
+    torch.save({"model": {}}, "other.pt")
+    monkeypatch.setattr("sys.argv", ["stage", *flags.replace("TOY", here).split()])
+    with pytest.raises(SystemExit) as stop:
+        engine.cli(stage.main)
+    assert stop.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and words in last
+
+
+def test_a_mistake_in_a_worker_is_one_line_too(here):
+    os.makedirs("texts")
+    for i in range(12):
+        open(f"texts/{i}.avi", "w").write("not a video")
+    command = [sys.executable, pretrain.__file__, "--data", "texts", "--batch", "4", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "texts/" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_run_is_not_overwritten(here):
+    pretrain.main(["--data", here, *TINY, "--epochs", "1"])
+    with pytest.raises(ValueError, match="--resume"):
+        pretrain.main(["--data", here, *TINY, "--epochs", "1"])
+    with pytest.raises(ValueError, match="epochs"):
+        pretrain.main(["--data", here, "--resume", *TINY])
+
+
+def test_unreadable_videos_are_counted_and_too_many_stop_the_run(here):
+    os.makedirs("mixed")
+    for i in range(30):
+        if i == 7:
+            open(f"mixed/{i:02}.avi", "w").write("not a video")
+            continue
+        with av.open(f"mixed/{i:02}.avi", "w") as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.height = stream.width = 72
+            for k in range(20):
+                image = np.full((72, 72, 3), (5 * i + k) % 256, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    pretrain.main(["--data", "mixed", *TINY, "--batch", "10", "--micro", "10", "--epochs", "1"])
+    assert json.loads(open("runs/pretrain-toy/log.jsonl").read().splitlines()[-1])["unreadable"] == 1
