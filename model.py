@@ -30,6 +30,7 @@ SIZES = {
 }
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # paper Table 1f
 TARGETS = ("clip", "center", "double")  # paper Table 1c; see VideoMAE
+POSITIONS = ("1d", "3d")  # see position_table
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -139,16 +140,26 @@ def unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def sincos_positions(tokens: int, dim: int) -> Tensor:
-    """The fixed position table (N, D) float32 of the official code: one dimension over the flattened token index.
+def sincos(index: Tensor, dim: int, longest: float) -> Tensor:
+    """Sine (even columns) and cosine (odd) of index / longest^(2*floor(j/2)/dim): (N,) -> (N, dim), in float64."""
+    angle = index.double()[:, None] / longest ** (2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
+    return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
 
-    PE[n, j] = sin(n / 10000^(2*floor(j/2)/D)) for even j, cos of the same for odd j, computed in float64.
+
+def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
+    """Fixed positions of the tokens, (N, D) float32.
+
+    "1d", the official code: PE[n, j] = sin(n / 10000^(2*floor(j/2)/D)) for even j, cos of the same for odd j, over the
+    flattened index n. "3d", ours: time, row and column each get a third of the width, the longest wave 100 cubes;
+    narrow models learn it much sooner, since one flattened index hides from them which cubes are neighbours.
     """
-    angle = torch.arange(tokens, dtype=torch.float64)[:, None] / 10000 ** (
-        2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim
-    )
-    angle[:, 0::2], angle[:, 1::2] = angle[:, 0::2].sin(), angle[:, 1::2].cos()
-    return angle.float()
+    t, h, w = grid
+    n = torch.arange(t * h * w)
+    if kind == "1d":
+        return sincos(n, dim, 10000).float()
+    third = dim // 6 * 2  # even; what is left over stays zero
+    axes = [sincos(place, third, 100) for place in (n // (h * w), n // w % h, n % w)]
+    return F.pad(torch.cat(axes, dim=1), (0, dim - 3 * third)).float()
 
 
 def token_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,21 +186,20 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Cube embedding, fixed positions, ViT blocks, and a last LayerNorm unless `final_norm` is off.
 
-    `video_size` is (T, H, W) in frames and pixels. Drop path grows linearly from 0 to `drop_path` with depth.
+    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table. Drop path grows linearly from 0 to `drop_path` with depth.
     """
 
-    def __init__(self, dim, depth, heads, video_size, cube, drop_path: float = 0.0, final_norm: bool = True):
+    def __init__(self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True):
         super().__init__()
         self.video_size, self.cube, self.grid = tuple(video_size), tuple(cube), grid_of(video_size, cube)
         self.checkpointing = False  # set True to trade compute for memory
-        t, h, w = self.grid
         # A Linear on flattened cubes is the paper's Conv3d with stride = kernel; it has PyTorch's default
         # initialisation, as there. Unlike a Conv3d it can embed the visible cubes alone.
         self.patch_embed = nn.Linear(cube[0] * cube[1] * cube[2] * 3, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.blocks.apply(init_xavier)
-        self.register_buffer("positions", sincos_positions(t * h * w, dim), persistent=False)
+        self.register_buffer("positions", position_table(self.grid, dim, positions), persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
 
@@ -229,6 +239,7 @@ class VideoMAE(nn.Module):
     size           a name of SIZES
     video_size     (T, H, W) of the clips the encoder sees, frames and pixels
     cube           (frames, rows, columns) of a token
+    positions      kind of position_table: "1d" (official code) or "3d" (ours)
     decoder_depth  blocks of the decoder (paper Table 1a); None: the size's own
     target         what is predicted (paper Table 1c; the variants are our reading, no code was published):
                    "clip"    the masked cubes of the input
@@ -244,29 +255,31 @@ class VideoMAE(nn.Module):
         size: str = "base",
         video_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
+        positions: str = "1d",
         decoder_depth: int | None = None,
         target: str = "clip",
         normalize: bool = True,
         loss: str = "mse",
     ):
         super().__init__()
-        for name, value, allowed in (("size", size, SIZES), ("target", target, TARGETS), ("loss", loss, LOSSES)):
+        known = {"size": SIZES, "positions": POSITIONS, "target": TARGETS, "loss": LOSSES}
+        for (name, allowed), value in zip(known.items(), (size, positions, target, loss), strict=True):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
         s = SIZES[size]
         depth = s["decoder_depth"] if decoder_depth is None else decoder_depth
-        self.config = dict(size=size, video_size=list(video_size), cube=list(cube), decoder_depth=depth,
-                           target=target, normalize=normalize, loss=loss)  # fmt: skip
+        self.config = dict(size=size, video_size=list(video_size), cube=list(cube), positions=positions,
+                           decoder_depth=depth, target=target, normalize=normalize, loss=loss)  # fmt: skip
         self.target, self.normalize, self.loss = target, normalize, LOSSES[loss]
-        self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube)
+        self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         frames = {"clip": cube[0], "center": 1, "double": 2 * cube[0]}[target]
         self.target_cube = (frames, cube[1], cube[2])
         self.encoder_to_decoder = nn.Linear(s["dim"], s["decoder_dim"], bias=False)  # PyTorch's default initialisation
         self.mask_token = nn.Parameter(torch.zeros(1, 1, s["decoder_dim"]))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.decoder = Decoder(s["decoder_dim"], depth, s["decoder_heads"], frames * cube[1] * cube[2] * 3)
-        positions = sincos_positions(len(self.encoder.positions), s["decoder_dim"])
-        self.register_buffer("positions", positions, persistent=False)
+        table = position_table(self.encoder.grid, s["decoder_dim"], positions)
+        self.register_buffer("positions", table, persistent=False)
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W) and mask (B, N), True = masked -> the mean loss over the predicted cubes, float32,
@@ -320,13 +333,16 @@ class Classifier(nn.Module):
         classes: int,
         video_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
+        positions: str = "1d",
         drop_path: float = 0.0,
         head_dropout: float = 0.0,
         init_scale: float = 1e-3,
     ):
         super().__init__()
         s = SIZES[size]
-        self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, drop_path, final_norm=False)
+        self.encoder = Encoder(
+            s["dim"], s["depth"], s["heads"], video_size, cube, positions, drop_path, final_norm=False
+        )
         self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)

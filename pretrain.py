@@ -26,7 +26,7 @@ import visualize
 from data import Order, Videos, derive_seed, make_loader, make_toy, read_split, sample_clip, train_transform
 from engine import opt
 from masking import MASKS
-from model import LOSSES, SIZES, TARGETS, VideoMAE
+from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Config:
     # model
     size: Literal[tuple(SIZES)] = opt("base", "width and depth of encoder and decoder")
     cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a token")
+    positions: Literal[POSITIONS] = opt("1d", "fixed positions: 1d as the official code, 3d separate axes (ours)")
     decoder_depth: int | None = opt(None, "decoder blocks; None: 4, for large and huge 12, for toy 2")
     target: Literal[TARGETS] = opt("clip", "what is predicted (paper Table 1c)")
     normalize: bool = opt(True, "predict cubes normalised to mean 0 and variance 1; off: pixels")
@@ -124,7 +125,9 @@ def main(argv: list[str]) -> None:
     # Model and optimiser.
     torch.manual_seed(cfg.seed)
     video_size = (cfg.frames, cfg.resolution, cfg.resolution)
-    model = VideoMAE(cfg.size, video_size, cfg.cube, cfg.decoder_depth, cfg.target, cfg.normalize, cfg.loss).to(device)
+    model = VideoMAE(
+        cfg.size, video_size, cfg.cube, cfg.positions, cfg.decoder_depth, cfg.target, cfg.normalize, cfg.loss
+    ).to(device)
     model.encoder.checkpointing = cfg.checkpointing
     groups = engine.param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, cfg.beta2), fused=True)

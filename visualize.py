@@ -92,8 +92,8 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visi
     distance, visible = visible_neighbours(hidden, grid)
     _, mean, std = normalize_cubes(cubes)
     nothing = mean.expand(-1, -1, cubes.shape[2] // 3, -1).flatten(2)  # zero, with the hidden cube's own statistics
-    if stats == "visible":  # mean and std of the visible cubes, weighted by 1/distance^2
-        weight = 1 / distance.clamp(min=1)
+    if stats == "visible":  # mean and std of the visible cubes, weighted by 1/distance^4 (best of ^2, 4, 6, 8; ours)
+        weight = 1 / distance.clamp(min=1).square()
         weight = weight / weight.sum(dim=1, keepdim=True)
         mean, std = (torch.einsum("nv,bvpc->bnpc", weight, s[:, visible]) for s in (mean, std))
     if model.normalize:

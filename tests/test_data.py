@@ -372,7 +372,11 @@ def test_workers_deliver_what_the_main_process_would(tmp_path):
 def test_collate_keeps_a_videos_clips_together():
     items = [(torch.full((2, 1, 3, 4, 4), i), i, {f"bad{i}": "why"}) for i in range(3)]
     clips, labels, bad = collate(items)
-    assert clips[:, 0, 0, 0, 0].tolist() == labels.tolist() == [0, 0, 1, 1, 2, 2] and list(bad) == ["bad0", "bad1", "bad2"]
+    assert clips[:, 0, 0, 0, 0].tolist() == labels.tolist() == [0, 0, 1, 1, 2, 2] and list(bad) == [
+        "bad0",
+        "bad1",
+        "bad2",
+    ]
 
 
 def test_unreadable_training_videos_are_reported_and_left_out(tmp_path):

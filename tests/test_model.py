@@ -13,7 +13,7 @@ from model import (
     grid_of,
     normalize_cubes,
     patchify,
-    sincos_positions,
+    position_table,
     take,
     token_indices,
     unit_range,
@@ -58,14 +58,25 @@ def test_embedding_is_the_papers_convolution():
     conv.weight.data = encoder.patch_embed.weight.data.view(16, 2, 8, 8, 3).permute(0, 4, 1, 2, 3)
     conv.bias.data = encoder.patch_embed.bias.data
     video = (unit_range(clip()) - encoder.mean.view(3, 1, 1)) / encoder.std.view(3, 1, 1)
-    expected = conv(video.transpose(1, 2)).flatten(2).transpose(1, 2) + sincos_positions(96, 16)
+    expected = conv(video.transpose(1, 2)).flatten(2).transpose(1, 2) + position_table((4, 4, 6), 16, "1d")
     torch.testing.assert_close(encoder(clip()), expected, atol=1e-5, rtol=0)
 
 
 def test_positions_are_the_official_table():
-    table = sincos_positions(1568, 384)
+    table = position_table((8, 14, 14), 384, "1d")
     torch.testing.assert_close(table[1, :4], torch.tensor([0.841471, 0.540302, 0.815251, 0.579108]), atol=1e-6, rtol=0)
     assert abs(table[1567, 0] - 0.608948) < 1e-6
+
+
+def test_separate_axes_tell_neighbours_apart():
+    table = position_table((4, 5, 6), 128, "3d").view(4, 5, 6, 128)
+    assert torch.equal(table[1:, ..., 42:], table[:-1, ..., 42:])  # time moves the first third alone
+    assert torch.equal(table[:, :, 1:, :84], table[:, :, :-1, :84])  # the column the last
+    products = table.flatten(0, 2) @ table[1, 2, 3]
+    nearest = products.argsort(descending=True)[:7].tolist()
+    index = lambda t, y, x: (t * 5 + y) * 6 + x
+    neighbours = [index(0, 2, 3), index(2, 2, 3), index(1, 1, 3), index(1, 3, 3), index(1, 2, 2), index(1, 2, 4)]
+    assert nearest[0] == index(1, 2, 3) and sorted(nearest[1:]) == sorted(neighbours)
 
 
 def test_positions_are_not_in_the_state_dict():
@@ -246,7 +257,7 @@ def test_every_parameter_learns_and_one_batch_is_overfitted():
     assert losses[-1] < 0.25 * losses[0]
 
 
-@pytest.mark.parametrize("kwargs", [dict(size="nano"), dict(target="next"), dict(loss="l3")])
+@pytest.mark.parametrize("kwargs", [dict(size="nano"), dict(target="next"), dict(loss="l3"), dict(positions="2d")])
 def test_unknown_names_are_refused_with_the_known_ones(kwargs):
     with pytest.raises(ValueError, match="use one of"):
         VideoMAE(**kwargs)

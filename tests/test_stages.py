@@ -103,7 +103,7 @@ def test_two_processes_train_as_one(here):
 @pytest.mark.parametrize(
     "flags",
     ["--target center", "--target double", "--mask frame --loss l1", "--mask random --no-normalize --checkpointing",
-     "--clip-grad 0.1 --precision bf16 --flip --beta2 0.9 --weight-decay 0.1"],
+     "--positions 3d --clip-grad 0.1 --precision bf16 --flip --beta2 0.9 --weight-decay 0.1"],
 )  # fmt: skip
 def test_options_train_and_draw(here, flags):
     pretrain.main(["--data", here, *TINY, *flags.split(), "--epochs", "1"])
