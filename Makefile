@@ -8,7 +8,7 @@ demo: runs/pretrain-toy/reconstruction.png
 	@echo "Look at runs/pretrain-toy/loss.png and runs/pretrain-toy/reconstruction.png"
 
 runs/pretrain-toy/reconstruction.png: | $(VENV)/installed
-	$(RUN) pretrain.py
+	$(RUN) pretrain.py $(if $(wildcard runs/pretrain-toy/checkpoint.pt),--resume)
 
 test: $(VENV)/installed
 	$(RUN) -m pytest

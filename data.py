@@ -1,7 +1,7 @@
 """Videos on disk -> batches of uint8 clips.
 
-    python data.py toy                 # write the toy data set (README, "Toy data") to datasets/toy
-    python data.py toy --out DIR --videos 600 --seed 1
+    python data.py toy                              # write the toy data set to datasets/toy
+    python data.py count --data ~/UCF-101 --splits ~/ucfTrainTestlist --fold 1      # 9537 training, 3783 test videos
 
 From top to bottom: exact frames from a file (read_frames), which frames to take (sample_clip), which files belong to
 a split (read_split), augmentation, the data set and its loader, and the generator of the toy data set.
@@ -9,6 +9,7 @@ a split (read_split), augmentation, the data set and its loader, and the generat
 A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame index counts frames in display order from 0.
 """
 
+import argparse
 import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -242,7 +243,8 @@ def _read_hmdb51(data: Path, splits: Path, fold: int, train: bool) -> Split:
 def _check_counts(name: str, fold: int, parts: list, table: dict) -> None:
     counts = tuple(len(part) for part in parts)
     if counts != table[fold]:
-        raise ValueError(f"{name} split {fold} has {table[fold][0]} training and {table[fold][1]} test videos, these lists {counts[0]} and {counts[1]}")  # fmt: skip
+        has = "{} split {} has {} training and {} test videos, these lists have {} and {}"
+        raise ValueError(has.format(name, fold, *table[fold], *counts))
 
 
 # --------------------------------------------------------------------------------------------- augmentation
@@ -276,7 +278,7 @@ class MultiScaleCrop(v2.Transform):
 
 
 def train_transform(size: int, flip: bool) -> v2.Transform:
-    """Pre-training augmentation of a tv_tensors.Video: MultiScaleCrop, and where asked a mirror image in every other clip."""
+    """Pre-training augmentation of a tv_tensors.Video: MultiScaleCrop, and with `flip` a mirror image half the time."""
     return v2.Compose([MultiScaleCrop(size), *([v2.RandomHorizontalFlip()] if flip else [])])
 
 
@@ -476,5 +478,29 @@ def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0)
     part.rename(out)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy data set")
+    toy.add_argument("--out", default="datasets/toy", help="folder to write (default: %(default)s)")
+    toy.add_argument("--train", type=int, default=1200, help="training videos (default: %(default)s)")
+    toy.add_argument("--test", type=int, default=600, help="test videos (default: %(default)s)")
+    toy.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    count = commands.add_parser("count", help="what the lists of a data set hold, after checking that all files exist")
+    count.add_argument("--data", required=True, help="folder of the videos")
+    count.add_argument("--splits", help="folder of official split files, or a list of lines `path [label]`")
+    count.add_argument("--fold", type=int, default=1, help="official split, 1 to 3 (default: %(default)s)")
+    args = vars(parser.parse_args())
+    try:
+        if args.pop("command") == "toy":
+            make_toy(**args)
+        else:
+            train, test = read_split(**args), read_split(**args, train=False)
+            test_part = "no test part" if test == train else f"{len(test.paths)} test videos"
+            print(f"{len(train.paths)} training videos, {test_part}, {len(train.classes)} classes")
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
 if __name__ == "__main__":
-    print("x")
+    main()

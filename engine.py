@@ -21,35 +21,31 @@ def opt(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def parse_config(Config, argv: list[str], presets: dict[str, dict] | None = None, text: str | None = None):
-    """(preset, Config) from the command line: a flag for every field, over the preset's value, over the default.
+def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict] | None = None):
+    """(preset, Config) from `[PRESET] [--flag value]...`: a flag for every field, over the preset, over the defaults.
 
     The first preset is the default one. A mistake ends the program with one line and exit code 2.
     """
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=text, formatter_class=layout, allow_abbrev=False)
+    usage = f"%(prog)s {'|'.join(presets or [])} [--flag value]..."
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=text, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists every flag)\n")
-    if presets:
-        parser.add_argument("preset", nargs="?", choices=presets, default=next(iter(presets)), help="recipe")
-    hints, known = typing.get_type_hints(Config), ["--help"]
+    preset = next(iter(presets)) if presets else None
+    if presets and argv and not argv[0].startswith("-"):
+        preset, *argv = argv
+        if preset not in presets:
+            parser.error(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
     for field in dataclasses.fields(Config):
-        kind = hints[field.name]
-        kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind  # `X | None`
-        inner, how = typing.get_args(kind), {"type": kind}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif inner:  # Literal["a", "b"] or tuple[X, ...]
+        kind = typing.get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type  # `X | None`
+        inner = typing.get_args(kind)  # of Literal["a", "b"] and tuple[X, ...]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if inner:
             how = {"choices": inner} if typing.get_origin(kind) is typing.Literal else {"type": inner[0], "nargs": "+"}
         about = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
-        name = "--" + field.name.replace("_", "-")
-        known += parser.add_argument(name, default=argparse.SUPPRESS, help=about, **how).option_strings
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **how)
     dashed = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in argv]
-    for flag in dashed:
-        if flag.startswith("--") and flag.split("=")[0] not in known:
-            parser.error(f"unknown flag {flag}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(dashed)).items()}
-    preset = given.pop("preset", None)
-    return preset, Config(**{**(presets or {}).get(preset, {}), **given})
+    return preset, Config(**{**(presets[preset] if presets else {}), **given})
 
 
 def cli(main) -> None:
@@ -66,30 +62,30 @@ def cli(main) -> None:
 
 def setup(device: str) -> tuple[torch.device, int, int]:
     """(device, rank, processes) for "auto", "cpu" or "cuda"; joins torchrun's group: nccl on GPU, gloo on CPU."""
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch sees no GPU: use --device cpu, or install a torch build for your GPU"
         )
-    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    place = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")
     if "RANK" not in os.environ:
         return place, 0, 1
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     return place, dist.get_rank(), dist.get_world_size()
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Type of matrix products; "auto": bf16 where the hardware has it, else fp16 on GPU and float32 on CPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on CPU")
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
         precision = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
-    elif precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on CPU")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -102,7 +98,7 @@ def split_batch(batch: int, processes: int, micro: int | None) -> tuple[int, int
 
 
 def cosine_lr(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
-    """Learning rate of a step (official schedule): linear from 0 to peak, both included, then half a cosine to floor."""
+    """Learning rate of a step, as in the official code: linear from 0 to peak, both included, then half a cosine."""
     if step < warmup:
         return peak * step / max(warmup - 1, 1)
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -110,9 +106,10 @@ def cosine_lr(step: int, total: int, warmup: int, peak: float, floor: float) -> 
 
 def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's groups: no decay for vectors (biases, LayerNorms) and the mask token, as in the official code."""
-    plain = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("mask_token")]
-    decay = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("mask_token")]
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim == 1 or name.endswith("mask_token")]["params"].append(parameter)
+    return groups
 
 
 def save_checkpoint(path: Path, **state) -> None:
@@ -133,18 +130,10 @@ def load_checkpoint(path: str | Path, stage: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from error
-    if not isinstance(state, dict) or state.get("stage") != stage:
-        found = state.get("stage", "another program") if isinstance(state, dict) else "another program"
+    found = state.get("stage", "another program") if isinstance(state, dict) else "another program"
+    if found != stage:
         raise ValueError(f"{path} is a checkpoint of {found}, this needs one of {stage}.py")
     return state
-
-
-def mean_over_processes(value: torch.Tensor) -> float:
-    """Mean of a scalar over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value.item()
 
 
 class Log:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-# width, blocks and heads of the encoder | of the decoder. Small to huge: paper Table 8 and section 4.2; decoder depth 12
-# for large and huge as in the official scripts (the paper says 4). Tiny and toy are ours.
+# Width, blocks and heads of encoder and decoder. Small to huge: paper Table 8 and section 4.2; decoder depth 12 for
+# large and huge as in the official scripts (the paper says 4). Tiny and toy are ours.
 SIZES = {
     "toy": dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2),
     "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=96, decoder_depth=4, decoder_heads=3),
@@ -186,7 +186,8 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Cube embedding, fixed positions, ViT blocks, and a last LayerNorm unless `final_norm` is off.
 
-    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table. Drop path grows linearly from 0 to `drop_path` with depth.
+    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table. Drop path grows linearly with
+    depth, from 0 to `drop_path`.
     """
 
     def __init__(self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True):

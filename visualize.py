@@ -8,8 +8,8 @@ One row a frame; for each clip the original and, for every ratio, what the model
 cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model.
 
 A model trained on normalised cubes predicts each cube only up to its mean and contrast. --stats visible, the default,
-takes these from the visible cubes around, so that nothing hidden is used. --stats oracle takes the hidden cubes' own, as
-the official code does; the figure says so and shows beside it what an empty prediction looks like with that help.
+takes these from the visible cubes around, so that nothing hidden is used. --stats oracle takes the hidden cubes' own,
+as the official code does; the figure then says so and shows what an empty prediction looks like with that help.
 """
 
 import json
@@ -37,7 +37,8 @@ from model import VideoMAE, normalize_cubes, patchify, token_indices, unit_range
 @dataclass
 class Config:
     checkpoint: str = opt("runs/pretrain-toy/checkpoint.pt", "a checkpoint of pretrain.py")
-    videos: tuple[str, ...] | None = opt(None, "video files; None: two test videos of the data it was trained on")
+    videos: tuple[str, ...] | None = opt(None, "video files, all drawn; None: test videos of the data trained on")
+    scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn")
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios, one pair of columns each")
     mask: Literal["tube", "random", "frame"] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "where the mean and contrast of a hidden cube come from")
@@ -74,49 +75,47 @@ def visible_neighbours(mask: Tensor, grid) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visible") -> dict[str, Tensor]:
-    """Videos (1, T', C, H, W) float 0-1 of what the model predicts, for one clip (1, T, C, H, W) uint8 and its mask (1, N).
+    """What the model makes of one clip (1, T, C, H, W) uint8 under a mask (1, N): videos (1, T', C, H, W) float 0-1.
 
-    Keys: original, masked (hidden cubes grey), model (prediction pasted into the visible cubes), the baselines
-    nearest (each hidden cube copied from the nearest visible one) and mean (the visible cubes' mean colour), with
-    stats "oracle" also nothing (a prediction of zero with the hidden cubes' mean and contrast), and hidden, a bool
-    video that is True on masked pixels. T' is T, or 1 for target "center".
+    original  what it should be; T' is T, or 1 for target "center"
+    masked    hidden cubes grey
+    model     predictions in the hidden cubes, the visible ones as they are; likewise in the baselines:
+    nearest   each hidden cube copied from the nearest visible one
+    mean      the visible cubes' mean colour
+    nothing   only of models of normalised cubes: a prediction of zero, with the same `stats` as the model's
+    hidden    bool, True on masked pixels
     """
     _, masked = token_indices(mask)
     _, pred = model(video, mask)
     original = unit_range(model.target_video(video))
     cubes = patchify(original, model.target_cube)
-    grid, cube = model.encoder.grid, model.target_cube
-    hidden = mask[0]
+    grid, hidden = model.encoder.grid, mask[0]
     if model.target == "center":
         grid, hidden = (1, *grid[1:]), hidden[: cubes.shape[1]]  # tube masks: every slot alike
     distance, visible = visible_neighbours(hidden, grid)
-    _, mean, std = normalize_cubes(cubes)
-    nothing = mean.expand(-1, -1, cubes.shape[2] // 3, -1).flatten(2)  # zero, with the hidden cube's own statistics
-    if stats == "visible":  # mean and std of the visible cubes, weighted by 1/distance^4 (best of ^2, 4, 6, 8; ours)
-        weight = 1 / distance.clamp(min=1).square()
-        weight = weight / weight.sum(dim=1, keepdim=True)
-        mean, std = (torch.einsum("nv,bvpc->bnpc", weight, s[:, visible]) for s in (mean, std))
-    if model.normalize:
-        pixels = pred.float().unflatten(2, (-1, 3)) * std[:, hidden] + mean[:, hidden]
-        pred = pixels.flatten(2)
 
     def paste(values: Tensor) -> Tensor:
-        return unpatchify(torch.where(hidden[None, :, None], values, cubes), grid, cube).clamp(0, 1)
+        filled = cubes.clone()
+        filled[:, hidden] = values
+        return unpatchify(filled, grid, model.target_cube).clamp(0, 1)
 
-    full = torch.zeros_like(cubes)
-    full[:, hidden] = pred.float()
     colour = cubes[:, visible].unflatten(2, (-1, 3)).mean(dim=(1, 2)).repeat(1, cubes.shape[2] // 3)
     out = dict(
         original=original,
-        masked=paste(torch.full_like(cubes, 0.5)),
-        model=paste(full),
-        nearest=paste(cubes[:, visible[distance.argmin(dim=1)]]),
-        mean=paste(colour[:, None].expand_as(cubes)),
-        hidden=unpatchify(hidden[None, :, None].expand_as(cubes), grid, cube),
+        masked=paste(torch.full_like(cubes[:, hidden], 0.5)),
+        nearest=paste(cubes[:, visible[distance[hidden].argmin(dim=1)]]),
+        mean=paste(colour[:, None].expand_as(cubes[:, hidden])),
+        hidden=unpatchify(hidden[None, :, None].expand_as(cubes), grid, model.target_cube),
     )
-    if stats == "oracle" and model.normalize:
-        out["nothing"] = paste(nothing)
-    return out
+    if not model.normalize:
+        return dict(out, model=paste(pred.float()))
+    _, mean, std = normalize_cubes(cubes)
+    if stats == "visible":  # those of the visible cubes, weighted by 1/distance^4 (of ^2, 4, 6, 8 the best; ours)
+        weight = 1 / distance.clamp(min=1).square()
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        mean, std = (torch.einsum("nv,bvpc->bnpc", weight, s[:, visible]) for s in (mean, std))
+    denormalize = lambda y: (y.unflatten(2, (-1, 3)) * std[:, hidden] + mean[:, hidden]).flatten(2)
+    return dict(out, model=paste(denormalize(pred.float())), nothing=paste(denormalize(torch.zeros_like(pred.float()))))
 
 
 def psnr(result: dict[str, Tensor], key: str) -> float:
@@ -125,42 +124,37 @@ def psnr(result: dict[str, Tensor], key: str) -> float:
     return float(-10 * torch.log10(error))
 
 
-def make_figure(
-    model, clips: list[Tensor], ratios, mask: str, stats: str, seed: int, out: Path, gif: Path | None = None
-):
-    """Write the figure (and GIF) for clips (1, T, C, H, W); returns {ratio: {column: mean PSNR over the clips, dB}}."""
+def make_figure(model, clips: list[Tensor], drawn: int, cfg: Config, out: Path) -> None:
+    """Draw the first clips (1, T, C, H, W) to `out`, and print for each ratio the mean PSNR over all clips."""
     columns, scores = [], {}
-    helped = stats == "oracle" and model.normalize
     for number, clip in enumerate(clips):
-        for ratio in ratios:
-            generator = torch.Generator().manual_seed(derive_seed(3, seed, number))
-            hidden = MASKS[mask](1, model.encoder.grid, ratio, generator)
-            result = reconstruct(model, clip, hidden, stats)
-            if ratio == ratios[0]:
+        for ratio in cfg.ratios:
+            generator = torch.Generator().manual_seed(derive_seed(4, cfg.seed, number))
+            mask = MASKS[cfg.mask](1, model.encoder.grid, ratio, generator)
+            result = reconstruct(model, clip, mask, cfg.stats)
+            for key in {"model", "nearest", "mean", "nothing"} & result.keys():
+                scores.setdefault((ratio, key), []).append(psnr(result, key))
+            if number >= drawn:
+                continue
+            if ratio == cfg.ratios[0]:
                 columns.append(("original", "", result["original"]))
-            columns.append(
-                (f"{ratio:.0%} masked", f"{int((~hidden).sum())} of {hidden.numel()} cubes", result["masked"])
-            )
-            keys = ["model", "nearest", "mean"] + ["nothing"] * helped
-            for key in keys:
-                scores.setdefault(ratio, {}).setdefault(key, []).append(psnr(result, key))
-            columns.append(
-                (
-                    "oracle statistics" if helped else "reconstruction",
-                    f"{psnr(result, 'model'):.1f} dB",
-                    result["model"],
-                )
-            )
-            if helped:
-                columns.append(("oracle, predict nothing", f"{psnr(result, 'nothing'):.1f} dB", result["nothing"]))
+            columns.append((f"{ratio:.0%} masked", f"{int((~mask).sum())} of {mask.numel()} cubes", result["masked"]))
+            if cfg.stats == "oracle" and model.normalize:
+                note = f"{psnr(result, 'nothing'):.1f} dB, predict nothing"
+                columns.append(("oracle statistics", f"{psnr(result, 'model'):.1f} dB", result["model"]))
+                columns.append(("oracle statistics", note, result["nothing"]))
+            else:
+                columns.append(("reconstruction", f"{psnr(result, 'model'):.1f} dB", result["model"]))
     times = columns[0][2].shape[1]
-    rows = range(0, times, max(times // 8, 1))
     images = [(title, note, video[0].permute(0, 2, 3, 1).numpy()) for title, note, video in columns]
-    save_columns(images, rows, out)
-    if gif:
+    save_columns(images, range(0, times, max(times // 8, 1)), out)
+    if cfg.gif:
         stills = [save_columns(images, [t], None) for t in range(times)]
-        stills[0].save(gif, save_all=True, append_images=stills[1:], duration=150, loop=0)
-    return {ratio: {key: sum(v) / len(v) for key, v in by_key.items()} for ratio, by_key in scores.items()}
+        stills[0].save(cfg.gif, save_all=True, append_images=stills[1:], duration=150, loop=0)
+    print(f"PSNR on masked pixels, mean over {len(clips)} clips, {cfg.mask} masks:")
+    for ratio in cfg.ratios:
+        row = {key: scores.get((ratio, key)) for key in ("model", "nearest", "mean", "nothing")}
+        print(f"  {ratio:.0%} masked: " + ", ".join(f"{k} {sum(v) / len(v):.2f} dB" for k, v in row.items() if v))
 
 
 def save_columns(images, rows, out: Path | None) -> Image.Image:
@@ -199,12 +193,11 @@ def plot_log(log: Path, out: Path) -> None:
     plt.close(figure)
 
 
-def example_clips(model: VideoMAE, stage: dict, stride: int, count: int = 2) -> list[Tensor]:
-    """Clips spread over the test videos of what a model was trained on (or, without a test part, its videos)."""
+def example_clips(model: VideoMAE, stage: dict, stride: int, count: int) -> list[Tensor]:
+    """Clips of videos drawn from the test part of what a model was trained on (from all where no test part is)."""
     paths = read_split(stage["data"], stage["splits"], stage["fold"], train=False).paths
-    spread = sorted(paths, key=lambda path: derive_seed(5, *path.name.encode()))
     clips = []
-    for path in spread:
+    for path in sorted(paths, key=lambda path: derive_seed(5, *path.name.encode())):
         try:
             clips.append(load_clip(path, model, stride))
         except ValueError as error:
@@ -214,20 +207,18 @@ def example_clips(model: VideoMAE, stage: dict, stride: int, count: int = 2) -> 
     return clips
 
 
-def print_scores(scores: dict) -> None:
-    for ratio, by_key in scores.items():
-        print(f"{ratio:.0%} masked, PSNR on masked pixels: " + ", ".join(f"{k} {v:.2f} dB" for k, v in by_key.items()))
-
-
 def main(argv: list[str]) -> None:
-    _, cfg = engine.parse_config(Config, argv, text=__doc__)
+    _, cfg = engine.parse_config(Config, argv, __doc__)
     model, stage = load_model(cfg.checkpoint)
     if model.target == "center" and cfg.mask != "tube":
         raise ValueError(f"{cfg.checkpoint} predicts the central frame only: use --mask tube")
     stride = cfg.stride or stage["stride"]
-    clips = [load_clip(p, model, stride) for p in cfg.videos] if cfg.videos else example_clips(model, stage, stride)
+    if cfg.videos:
+        clips = [load_clip(path, model, stride) for path in cfg.videos]
+    else:
+        clips = example_clips(model, stage, stride, cfg.scored)
     out = Path(cfg.out or Path(cfg.checkpoint).with_name("reconstruction.png"))
-    print_scores(make_figure(model, clips, cfg.ratios, cfg.mask, cfg.stats, cfg.seed, out, cfg.gif and Path(cfg.gif)))
+    make_figure(model, clips, len(clips) if cfg.videos else 2, cfg, out)
     print(f"wrote {out}" + (f" and {cfg.gif}" if cfg.gif else ""))
 
 

@@ -265,7 +265,7 @@ def test_official_counts_are_checked(tmp_path):
     (lists / "classInd.txt").write_text(
         "".join(f"{i + 1} {c}\n" for i, c in enumerate(["Archery", "Bowling", *map(str, range(99))]))
     )
-    with pytest.raises(ValueError, match="9537 training and 3783 test videos, these lists 6 and 2"):
+    with pytest.raises(ValueError, match="9537 training and 3783 test videos, these lists have 6 and 2"):
         read_split(tmp_path, lists)
     assert all(sum(counts) == 13320 for counts in data.UCF101_COUNTS.values())
 
@@ -313,6 +313,17 @@ def test_places_without_videos(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             read_split(*args)
+
+
+def test_count_command(tmp_path, monkeypatch, capsys):
+    ucf101(tmp_path)
+    monkeypatch.setattr("sys.argv", ["data.py", "count", "--data", str(tmp_path)])
+    data.main()
+    assert capsys.readouterr().out == "6 training videos, 2 test videos, 2 classes\n"
+    monkeypatch.setattr("sys.argv", ["data.py", "count", "--data", str(tmp_path), "--fold", "3"])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    assert stop.value.code == 2 and "trainlist03.txt" in capsys.readouterr().err
 
 
 # order, data set, loader

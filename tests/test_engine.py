@@ -25,23 +25,23 @@ PRESETS = {"small": dict(count=1), "big": dict(count=9, rate=2.0)}
 
 
 def test_flags_win_over_presets_and_presets_over_defaults():
-    assert engine.parse_config(Flags, [], PRESETS) == ("small", Flags(count=1))
-    preset, flags = engine.parse_config(Flags, "big --rate 5 --cube 1 2 3 --no-flip-it --kind b".split(), PRESETS)
+    assert engine.parse_config(Flags, [], "", PRESETS) == ("small", Flags(count=1))
+    preset, flags = engine.parse_config(Flags, "big --rate 5 --cube 1 2 3 --no-flip-it --kind b".split(), "", PRESETS)
     assert preset == "big" and flags == Flags(9, 5.0, "b", (1, 2, 3), False)
-    assert engine.parse_config(Flags, ["--flip_it"])[1].flip_it is True  # underscores work too
-    assert engine.parse_config(Flags, ["--rate=-1e-3"])[1].rate == -1e-3
+    assert engine.parse_config(Flags, ["--flip_it"], "", PRESETS)[1].flip_it is True  # underscores work too
+    assert engine.parse_config(Flags, ["--rate=-1e-3"], "", PRESETS)[1].rate == -1e-3
 
 
 @pytest.mark.parametrize("argv", ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False"])
 def test_mistakes_in_flags_are_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        engine.parse_config(Flags, argv.split(), PRESETS)
+        engine.parse_config(Flags, argv.split(), "", PRESETS)
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_help_shows_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
-        engine.parse_config(Flags, ["--help"], PRESETS)
+        engine.parse_config(Flags, ["--help"], "", PRESETS)
     assert "100% kind (default: a)" in " ".join(capsys.readouterr().out.split())
 
 
