@@ -21,7 +21,7 @@ from torchvision.ops import StochasticDepth
 # Width, blocks and heads of encoder and decoder. Small to huge: paper Table 8 and section 4.2; decoder depth 12 for
 # large and huge as in the official scripts (the paper says 4). Tiny and toy are ours.
 SIZES = {
-    "toy": dict(dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=2),
+    "toy": dict(dim=128, depth=4, heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=3),
     "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=96, decoder_depth=4, decoder_heads=3),
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
     "base": dict(dim=768, depth=12, heads=12, decoder_dim=384, decoder_depth=4, decoder_heads=6),
