@@ -36,41 +36,56 @@ def read_frames(path: str | Path, pick) -> Tensor:
     """Exactly the frames asked for, in the order asked for: (K, 3, H, W) uint8 RGB, upright.
 
     `pick` is a list of K frame indices, in any order and with repeats, or a function from the number of frames in the
-    file to such a list. Indices count the frames a player would show, whatever their times (variable frame rate,
-    non-zero start, B-frames). The packets are held in memory, so memory grows by the size of the file.
+    file to such a list (called again where the file turns out to hold fewer). Indices count the frames a player would
+    show, whatever their times (variable frame rate, non-zero start, B-frames). The packets are held in memory, so
+    memory grows by the size of the file.
     Raises ValueError, with the path, for a file that cannot be decoded or a frame it does not have.
     """
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: no video in this file")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
             packets = [packet for packet in container.demux(stream) if packet.size]
             total = sum(not packet.is_discard for packet in packets)
-            cuts = _clean_cuts(packets) if set(container.format.name.split(",")) & {"mp4", "matroska"} else []
+            cuts, times = [], None
+            if set(container.format.name.split(",")) & TIMED and stream.codec_context.codec.id in ONE_FRAME_A_PACKET:
+                cuts, times = _clean_cuts(packets)
             while total:
                 wanted = [int(i) for i in (pick(total) if callable(pick) else pick)]
-                if not wanted or min(wanted) < 0:
-                    raise ValueError(f"{path}: frame indices {wanted} must be a non-empty list of numbers from 0")
-                start, first = max((c for c in cuts if c[1] <= min(wanted)), default=(0, 0))
-                frames, seen = _decode(stream, packets[start:], first, set(wanted))
+                if not wanted or min(wanted) < 0 or max(wanted) >= total:
+                    raise ValueError(f"{path}: asked for frames {wanted}, it has {total}")
+                start, first = max((cut for cut in cuts if cut[1] <= min(wanted)), default=(0, 0))
+                frames, seen = _decode(stream, packets[start:], first, set(wanted), times if cuts else None)
                 if len(frames) == len(set(wanted)):
                     return torch.from_numpy(np.stack([frames[i] for i in wanted])).permute(0, 3, 1, 2)
-                if not callable(pick):
-                    raise ValueError(f"{path}: has no frame {max(wanted)}, only {seen} frames")
-                total = seen  # the last packets held no frames (usual for XviD): choose again among those there are
                 stream.codec_context.flush_buffers()
+                if cuts:
+                    cuts = []  # a frame was not the one that the packets announced: decode from the start and count
+                elif callable(pick):
+                    total = seen  # some packets held no frame (usual for XviD): choose again among those there are
+                else:
+                    raise ValueError(f"{path}: asked for frames {wanted}, only {seen} can be decoded")
             raise ValueError(f"{path}: no frame could be decoded")
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
 
 
-def _clean_cuts(packets) -> list[tuple[int, int]]:
-    """Where decoding may begin: (packet number, frames shown before it) of every key frame that splits the
-    packets in decoding order into the same two parts as in display order. None where a time is missing."""
+# Where decoding may begin in the middle: containers whose packets carry true display times, and codecs with one shown
+# frame a packet (VP8, for one, has packets that show nothing). All others are decoded from the start and counted.
+TIMED = {"mp4", "matroska"}
+ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
+
+
+def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
+    """Key frames that split the packets in decoding order into the same two parts as in display order.
+
+    Returns (packet number, frames shown before it) of each, and the display times of all shown frames in order; no
+    cuts where a time is missing or where the file does not begin with such a key frame.
+    """
     if any(packet.pts is None for packet in packets):
-        return []
+        return [], []
     cuts, shown, latest = [], 0, -math.inf
     for number, packet in enumerate(packets):
         while cuts and packet.pts < cuts[-1][2]:
@@ -78,14 +93,20 @@ def _clean_cuts(packets) -> list[tuple[int, int]]:
         if packet.is_keyframe and packet.pts > latest:
             cuts.append((number, shown, packet.pts))
         latest, shown = max(latest, packet.pts), shown + (not packet.is_discard)
-    return [cut[:2] for cut in cuts]
+    times = sorted(packet.pts for packet in packets if not packet.is_discard)
+    return [cut[:2] for cut in cuts] if cuts and cuts[0][0] == 0 else [], times
 
 
-def _decode(stream, packets, index: int, wanted: set[int]) -> tuple[dict[int, np.ndarray], int]:
-    """Decode until every wanted frame is there: {index: (H, W, 3) uint8}, and the index after the last frame seen."""
+def _decode(stream, packets, index: int, wanted: set[int], times: list[int] | None):
+    """Decode until every wanted frame is there: {index: (H, W, 3) uint8}, and the index after the last frame seen.
+
+    Stops early, at a frame that does not have the display time its index should have, where `times` are given.
+    """
     frames, reformatter, size = {}, av.video.reformatter.VideoReformatter(), None
     for packet in [*packets, None]:  # None flushes the decoder
         for frame in stream.codec_context.decode(packet):
+            if times and (index >= len(times) or frame.pts != times[index]):
+                return {}, index
             size = size or (frame.width, frame.height)
             if index in wanted:
                 image = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
@@ -313,7 +334,7 @@ class Videos(Dataset):
         (index, seed), unreadable = key, {}
         pick = lambda total: [i for _ in range(self.repeats) for i in self.sample(total)]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone
             for _ in range(10):
                 try:
                     frames = read_frames(self.split.paths[index], pick)
@@ -389,7 +410,7 @@ def toy_video(motion: str, rng: np.random.Generator, size: int = 72) -> np.ndarr
     """One action video (T, size, size, 3) uint8, 36 to 48 frames: a textured blob on a textured ground.
 
     The class is the blob's motion alone: shape, colours, size, place, speed and ground are random and every motion has
-    its mirror image in time or space among the classes, so that a single frame says nothing.
+    its mirror image in time or space among the classes, so that a single frame says little.
     """
     frames, radius = int(rng.integers(36, 49)), 0.16 * size * 1.5 ** rng.uniform(-1, 1)
     reach, speed, turn, phase = (

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import traceback
-import types
 import typing
 from pathlib import Path
 
@@ -16,36 +15,38 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
-def opt(default, help: str):
-    """A dataclass field that parse_config turns into a flag; `help` states the unit."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def opt(default, help: str, least: float = -math.inf):
+    """A dataclass field that parse_config turns into a flag; `help` states the unit, `least` the smallest value."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
 def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict] | None = None):
-    """(preset, Config) from `[PRESET] [--flag value]...`: a flag for every field, over the preset, over the defaults.
-
-    The first preset is the default one. A mistake ends the program with one line and exit code 2.
-    """
-    usage = f"%(prog)s {'|'.join(presets or [])} [--flag value]..."
-    raw = argparse.RawDescriptionHelpFormatter
+    """(preset, Config) from `[PRESET] [--flag value]...`: flag over preset over default; mistakes exit with code 2."""
+    usage, raw = f"%(prog)s {'|'.join(presets or [])} [--flag value]...", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=text, formatter_class=raw, allow_abbrev=False)
+    parser.argument_default = argparse.SUPPRESS  # flags that are not given stay out of the result
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists every flag)\n")
-    preset = next(iter(presets)) if presets else None
-    if presets and argv and not argv[0].startswith("-"):
-        preset, *argv = argv
-        if preset not in presets:
-            parser.error(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
+    presets = presets or {"": {}}
+    preset, *argv = argv if argv and not argv[0].startswith("-") else [next(iter(presets)), *argv]
+    if preset not in presets:
+        parser.error(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
     for field in dataclasses.fields(Config):
-        kind = typing.get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type  # `X | None`
+        kind = typing.get_args(field.type)[0] if type(None) in typing.get_args(field.type) else field.type  # `X | None`
         inner = typing.get_args(kind)  # of Literal["a", "b"] and tuple[X, ...]
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if inner:
             how = {"choices": inner} if typing.get_origin(kind) is typing.Literal else {"type": inner[0], "nargs": "+"}
-        about = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **how)
-    dashed = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in argv]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(dashed)).items()}
-    return preset, Config(**{**(presets[preset] if presets else {}), **given})
+        about = f"{field.metadata['help']} (default: {presets[preset].get(field.name, field.default)})"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=about.replace("%", "%%"), **how)
+    names = [word.split("=")[0] for word in argv]
+    argv = [w.replace(n, n.replace("_", "-"), 1) if n[:2] == "--" else w for w, n in zip(argv, names, strict=True)]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    config = Config(**{**presets[preset], **given})
+    for field in dataclasses.fields(Config):
+        value, least = getattr(config, field.name), field.metadata["least"]
+        if isinstance(value, int | float) and not value >= least:
+            parser.error(f"--{field.name} {value} must be at least {least}")
+    return preset, config
 
 
 def cli(main) -> None:
@@ -63,29 +64,24 @@ def cli(main) -> None:
 def setup(device: str) -> tuple[torch.device, int, int]:
     """(device, rank, processes) for "auto", "cpu" or "cuda"; joins torchrun's group: nccl on GPU, gloo on CPU."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda, but torch sees no GPU: use --device cpu, or install a torch build for your GPU"
-        )
-    place = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        raise ValueError("--device cuda, but torch sees no GPU: use --device cpu, or install torch for your GPU")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(place)
-        torch.set_float32_matmul_precision("high")
     if "RANK" not in os.environ:
         return place, 0, 1
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo")
     return place, dist.get_rank(), dist.get_world_size()
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Type of matrix products; "auto": bf16 where the hardware has it, else fp16 on GPU and float32 on CPU."""
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on CPU")
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif precision == "auto":
+    if precision == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
-        precision = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = on_gpu if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -114,8 +110,7 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 def save_checkpoint(path: Path, **state) -> None:
     """Write tensors and plain containers so that `path` is a whole file at any moment, the old one or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary := path.with_name(path.name + ".tmp"), "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())

@@ -21,10 +21,10 @@ def num_masked(total: int, ratio: float) -> int:
     The product gets 1e-6 of slack first, so that 0.29 of 100 is 29 and not, in binary fractions, 28.
     Raises ValueError unless at least one place is masked and at least one stays visible.
     """
-    count = int(ratio * total + 1e-6)
+    count = int(ratio * total + 1e-6) if 0 <= ratio <= 1 else -1
     if not 0 < count < total:
         raise ValueError(
-            f"mask ratio {ratio} masks {count} of {total} places: at least 1 must be masked and 1 visible, "
+            f"mask ratio {ratio} does not fit {total} places: at least 1 must be masked and 1 visible, "
             f"so use a ratio of at least 1/{total} and below 1"
         )
     return count

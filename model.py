@@ -104,6 +104,8 @@ def init_xavier(module: nn.Module) -> None:
 
 def grid_of(video_size: tuple[int, int, int], cube: tuple[int, int, int]) -> tuple[int, int, int]:
     """Cubes along (time, rows, columns) of a (T, H, W) video; ValueError where a side does not divide."""
+    if len(cube) != 3:
+        raise ValueError(f"a cube has three sides (frames, rows, columns), not {len(cube)}: {cube}")
     for name, side, edge in zip(("frames", "height", "width"), video_size, cube, strict=True):
         if edge < 1 or side < edge or side % edge:
             raise ValueError(f"{name} {side} must be a multiple of the cube's {edge} (cube {'x'.join(map(str, cube))})")

@@ -34,42 +34,42 @@ class Config:
     # data
     data: str | None = opt(None, "folder of the videos")
     splits: str | None = opt(None, "folder of official split files, or a list of lines `path [label]`")
-    fold: int = opt(1, "official split, 1 to 3")
-    frames: int = opt(16, "frames of a clip")
-    stride: int = opt(4, "frames of the video from one frame of a clip to the next")
-    resolution: int = opt(224, "height and width of a clip, pixels")
+    fold: int = opt(1, "official split, 1 to 3", 1)
+    frames: int = opt(16, "frames of a clip", 1)
+    stride: int = opt(4, "frames of the video from one frame of a clip to the next", 1)
+    resolution: int = opt(224, "height and width of a clip, pixels", 1)
     flip: bool = opt(False, "mirror every other clip; not where left and right are classes")
-    repeats: int = opt(1, "clips cut from each decoded video; multiplies a step's clips, not its learning rate")
-    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process")
+    repeats: int = opt(1, "clips cut from each decoded video; multiplies a step's clips, not its learning rate", 1)
+    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     # model
     size: Literal[tuple(SIZES)] = opt("base", "width and depth of encoder and decoder")
     cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a token")
     positions: Literal[POSITIONS] = opt("1d", "fixed positions: 1d as the official code, 3d separate axes (ours)")
-    decoder_depth: int | None = opt(None, "decoder blocks; None: 4, for large and huge 12, for toy 2")
+    decoder_depth: int | None = opt(None, "decoder blocks; None: 4, for large and huge 12, for toy 2", 1)
     target: Literal[TARGETS] = opt("clip", "what is predicted (paper Table 1c)")
     normalize: bool = opt(True, "predict cubes normalised to mean 0 and variance 1; off: pixels")
     loss: Literal[tuple(LOSSES)] = opt("mse", "between prediction and target (paper Table 1f)")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy (paper Table 1b)")
     ratio: float = opt(0.9, "share of the tokens that is hidden")
     # optimisation
-    epochs: int = opt(800, "passes over the videos")
-    batch: int = opt(1024, "effective batch: videos per optimiser step, over all GPUs and accumulation passes")
-    micro: int | None = opt(None, "videos per GPU and forward pass; None: the GPU's whole share")
+    epochs: int = opt(800, "passes over the videos", 1)
+    batch: int = opt(1024, "effective batch: videos per optimiser step, over all GPUs and accumulation passes", 1)
+    micro: int | None = opt(None, "videos per GPU and forward pass; None: the GPU's whole share", 1)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
     min_lr: float = opt(1e-5, "last learning rate, scaled like base_lr")
-    warmup: float = opt(40, "epochs of linear warm-up")
+    warmup: float = opt(40, "epochs of linear warm-up", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases, norms and the mask token")
     beta2: float = opt(0.95, "AdamW's second beta; the first is 0.9")
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products; auto: bf16 if in hardware")
-    seed: int = opt(0, "the only source of randomness: order, crops, masks, weights")
+    seed: int = opt(0, "the only source of randomness: order, crops, masks, weights", 0)
     # run
     name: str | None = opt(None, "results go to runs/NAME; None: pretrain-PRESET")
     resume: bool = opt(False, "continue runs/NAME")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
     compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
     checkpointing: bool = opt(False, "compute activations twice: less memory, more time")
-    log_every: int = opt(10, "steps from one line of log.jsonl to the next")
+    log_every: int = opt(10, "steps from one line of log.jsonl to the next", 1)
     save_minutes: float = opt(10, "minutes from one checkpoint and loss curve to the next")
 
 
@@ -82,7 +82,7 @@ TOY = "datasets/toy"  # made on first use
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=64, repeats=2, workers=0, size="toy", cube=(2, 8, 8),
                 positions="3d", normalize=False, ratio=0.75, epochs=12, batch=8, base_lr=3.2e-2, min_lr=3.2e-4,
-                warmup=1),  # ours
+                warmup=1, save_minutes=1),  # ours
     "ucf101": dict(stride=4, ratio=0.75, epochs=3200, batch=192, base_lr=3e-4),
     "hmdb51": dict(stride=2, ratio=0.75, epochs=4800, batch=192, base_lr=3e-4),
     "ssv2": dict(stride=2, ratio=0.9, epochs=800, batch=1024, base_lr=1.5e-4),
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> None:
     # Data: uint8 clips, in an order that depends on the seed alone.
     if cfg.data is None:
         raise ValueError(f"--data is missing: the folder with the videos of {preset}")
+    if cfg.warmup >= cfg.epochs:
+        raise ValueError(f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}: lower it")
     if cfg.target == "center" and cfg.mask != "tube" or cfg.target == "double" and cfg.stride % 2:
         raise ValueError("--target center needs --mask tube, --target double an even --stride")
     if cfg.data == TOY and rank == 0:
@@ -105,6 +107,8 @@ def main(argv: list[str]) -> None:
     if processes > 1:
         dist.barrier()
     split = read_split(cfg.data, cfg.splits, cfg.fold)
+    if preset in ("ucf101", "hmdb51") and read_split(cfg.data, cfg.splits, cfg.fold, train=False) == split:
+        raise ValueError(f"no split lists of {preset} in {cfg.data}: name their folder with --splits")
     dense = 2 if cfg.target == "double" else 1  # target "double": twice the frames at half the stride
     sample = lambda total: sample_clip(total, cfg.frames * dense, cfg.stride // dense)
     videos = Videos(split, sample, train_transform(cfg.resolution, cfg.flip), cfg.repeats)
@@ -124,20 +128,22 @@ def main(argv: list[str]) -> None:
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, cfg.beta2), fused=True)
     dtype = engine.precision_dtype(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config, start = {"model": model.config, "stage": asdict(cfg)}, 0
+    config, start = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}, 0
     if cfg.resume:
         state = engine.load_checkpoint(run / "checkpoint.pt", "pretrain")
-        changed = [k for k, old in state["config"]["stage"].items() if k not in MAY_CHANGE and old != getattr(cfg, k)]
+        changed = ["number of videos"] * (state["config"]["videos"] != len(videos))
+        changed += [k for k, old in state["config"]["stage"].items() if k not in MAY_CHANGE and old != getattr(cfg, k)]
         if changed:
             raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         start = state["step"]
     elif (run / "checkpoint.pt").exists():
         raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
     net = torch.compile(model) if cfg.compile else model
-    net = DistributedDataParallel(net) if processes > 1 else net
+    net = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
 
     order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
     batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
@@ -186,18 +192,19 @@ def main(argv: list[str]) -> None:
 
         done = step + 1
         if step == 0:  # the loss of a model that predicts the targets' mean everywhere
-            target = model.target_cubes(clips, torch.arange(mask.shape[1], device=device).expand(len(mask), -1))
+            target = model.target_cubes(clips[:1], torch.arange(mask.shape[1], device=device)[None])
             nothing = model.loss(target.mean().expand_as(target), target).item()
             log.write(config=config, torch=torch.__version__, predict_nothing=nothing)
         if done % cfg.log_every == 0 or done == steps:
             count, now = (done - 1) % cfg.log_every + 1, time.time()
+            report = torch.stack([total / processes, torch.tensor(len(bad), device=device)])
             if processes > 1:
-                dist.all_reduce(total)
-            loss = total.item() / count / processes
+                dist.all_reduce(report)
+            loss, unreadable = report[0].item() / count, int(report[1])
             if not math.isfinite(loss):
                 raise ValueError(f"loss is {loss} near step {done}: try a lower --base-lr, --clip-grad 1, or fp32")
             log.write(
-                step=done, epoch=done / per_epoch, loss=loss, lr=lr, unreadable=len(bad),
+                step=done, epoch=done / per_epoch, loss=loss, lr=lr, unreadable=unreadable,
                 clips_per_s=count * clips_per_step / (now - logged), waiting_for_data=waited / (now - logged),
             )  # fmt: skip
             total.zero_()

@@ -4,7 +4,7 @@
     python visualize.py --checkpoint CKPT --videos a.avi b.mp4 --ratios 0.75 0.9 0.95 --out figure.png --gif figure.gif
     python visualize.py --checkpoint CKPT --videos a.avi --mask random --stats oracle
 
-One row a frame; for each clip the original and, for every ratio, what the model saw and what it made of it (visible
+Time runs down; for each clip the original and, for every ratio, what the model saw and what it made of it (visible
 cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model.
 
 A model trained on normalised cubes predicts each cube only up to its mean and contrast. --stats visible, the default,
@@ -38,14 +38,14 @@ from model import VideoMAE, normalize_cubes, patchify, token_indices, unit_range
 class Config:
     checkpoint: str = opt("runs/pretrain-toy/checkpoint.pt", "a checkpoint of pretrain.py")
     videos: tuple[str, ...] | None = opt(None, "video files, all drawn; None: test videos of the data trained on")
-    scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn")
+    scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn", 1)
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios, one pair of columns each")
-    mask: Literal["tube", "random", "frame"] = opt("tube", "masking strategy")
+    mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "where the mean and contrast of a hidden cube come from")
-    stride: int | None = opt(None, "frames from one frame of a clip to the next; None: as in pre-training")
+    stride: int | None = opt(None, "frames from one frame of a clip to the next; None: as in pre-training", 1)
     out: str | None = opt(None, "PNG to write; None: reconstruction.png beside the checkpoint")
     gif: str | None = opt(None, "also write an animation to this GIF")
-    seed: int = opt(0, "seed of the masks")
+    seed: int = opt(0, "seed of the masks", 0)
 
 
 def load_model(path: str) -> tuple[VideoMAE, dict]:
@@ -77,7 +77,7 @@ def visible_neighbours(mask: Tensor, grid) -> tuple[Tensor, Tensor]:
 def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visible") -> dict[str, Tensor]:
     """What the model makes of one clip (1, T, C, H, W) uint8 under a mask (1, N): videos (1, T', C, H, W) float 0-1.
 
-    original  what it should be; T' is T, or 1 for target "center"
+    original  what it should be; T' is the encoder's T, or 1 for target "center"
     masked    hidden cubes grey
     model     predictions in the hidden cubes, the visible ones as they are; likewise in the baselines:
     nearest   each hidden cube copied from the nearest visible one
@@ -87,17 +87,19 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visi
     """
     _, masked = token_indices(mask)
     _, pred = model(video, mask)
-    original = unit_range(model.target_video(video))
-    cubes = patchify(original, model.target_cube)
-    grid, hidden = model.encoder.grid, mask[0]
+    original, grid, cube, hidden = unit_range(model.target_video(video)), model.encoder.grid, model.target_cube, mask[0]
     if model.target == "center":
-        grid, hidden = (1, *grid[1:]), hidden[: cubes.shape[1]]  # tube masks: every slot alike
+        grid, hidden = (1, *grid[1:]), hidden[: grid[1] * grid[2]]  # tube masks: every slot alike
+    if model.target == "double":  # keep the frames that the encoder sees, so that visible means visible
+        original, cube = original[:, ::2], model.encoder.cube
+        pred = pred.unflatten(2, (2 * cube[0], -1))[:, :, ::2].flatten(2)
+    cubes = patchify(original, cube)
     distance, visible = visible_neighbours(hidden, grid)
 
     def paste(values: Tensor) -> Tensor:
         filled = cubes.clone()
         filled[:, hidden] = values
-        return unpatchify(filled, grid, model.target_cube).clamp(0, 1)
+        return unpatchify(filled, grid, cube).clamp(0, 1)
 
     colour = cubes[:, visible].unflatten(2, (-1, 3)).mean(dim=(1, 2)).repeat(1, cubes.shape[2] // 3)
     out = dict(
@@ -105,7 +107,7 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visi
         masked=paste(torch.full_like(cubes[:, hidden], 0.5)),
         nearest=paste(cubes[:, visible[distance[hidden].argmin(dim=1)]]),
         mean=paste(colour[:, None].expand_as(cubes[:, hidden])),
-        hidden=unpatchify(hidden[None, :, None].expand_as(cubes), grid, model.target_cube),
+        hidden=unpatchify(hidden[None, :, None].expand_as(cubes), grid, cube),
     )
     if not model.normalize:
         return dict(out, model=paste(pred.float()))
@@ -183,7 +185,7 @@ def plot_log(log: Path, out: Path) -> None:
     for line in lines:
         if "predict_nothing" in line:
             axis.axhline(line["predict_nothing"], color="grey", linestyle=":", label="predict nothing")
-    axis.set(xlabel="step", ylabel="loss")
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
     rate = axis.twinx()
     rate.plot([p["step"] for p in points], [p["lr"] for p in points], color="tab:orange", linewidth=0.7)
     rate.set_ylabel("learning rate", color="tab:orange")
@@ -210,6 +212,12 @@ def example_clips(model: VideoMAE, stage: dict, stride: int, count: int) -> list
 def main(argv: list[str]) -> None:
     _, cfg = engine.parse_config(Config, argv, __doc__)
     model, stage = load_model(cfg.checkpoint)
+    out = Path(cfg.out or Path(cfg.checkpoint).with_name("reconstruction.png"))
+    for path, suffix in ((out, ".png"), (Path(cfg.gif or "x.gif"), ".gif")):
+        if path.suffix != suffix or not path.parent.is_dir():
+            raise ValueError(f"{path} must be a {suffix} file in a folder that exists")
+    if cfg.stats == "oracle" and not model.normalize:
+        raise ValueError(f"{cfg.checkpoint} predicts pixels and needs no statistics: leave out --stats oracle")
     if model.target == "center" and cfg.mask != "tube":
         raise ValueError(f"{cfg.checkpoint} predicts the central frame only: use --mask tube")
     stride = cfg.stride or stage["stride"]
@@ -217,7 +225,8 @@ def main(argv: list[str]) -> None:
         clips = [load_clip(path, model, stride) for path in cfg.videos]
     else:
         clips = example_clips(model, stage, stride, cfg.scored)
-    out = Path(cfg.out or Path(cfg.checkpoint).with_name("reconstruction.png"))
+    if not clips:
+        raise ValueError(f"no video of {stage['data']} can be read: name some with --videos")
     make_figure(model, clips, len(clips) if cfg.videos else 2, cfg, out)
     print(f"wrote {out}" + (f" and {cfg.gif}" if cfg.gif else ""))
 

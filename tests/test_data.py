@@ -80,6 +80,8 @@ def write(path, codec="libx264", frames=60, pix_fmt="yuv420p", times=None, size=
         ("mpeg4.mp4", "mpeg4", dict(g=12, bf=2)),
         ("h264.avi", "libx264", dict(g=12, bf=3)),
         ("stream.ts", "libx264", dict(g=12, bf=3)),
+        ("intra-refresh.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}),
+        ("vp8.webm", "libvpx", {"auto-alt-ref": 1, "lag-in-frames": 16}),
         ("vp9.webm", "libvpx-vp9", dict(g=12, speed=8)),
         ("jpeg.avi", "mjpeg", dict()),
     ],
@@ -168,6 +170,43 @@ def test_unreadable_files_raise_with_their_path(tmp_path):
             read_frames(tmp_path / name, [0])
 
 
+def copy_from(source, target, key: int):
+    """Copy the packets from the given key frame on, as a cutting tool does that does not re-encode."""
+    with av.open(str(source)) as a, av.open(str(target), "w") as b:
+        stream, keys = b.add_stream_from_template(a.streams.video[0]), 0
+        for packet in a.demux(video=0):
+            keys += packet.is_keyframe
+            if keys > key and packet.size:
+                packet.stream = stream
+                b.mux(packet)
+    return target
+
+
+def test_cuts_inside_open_groups_of_pictures(tmp_path):
+    """The leading pictures of the first key frame cannot be decoded: frames still count from the first one shown."""
+    options = {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}
+    path = copy_from(write(tmp_path / "whole.mkv", **options), tmp_path / "cut.mkv", key=2)
+    with av.open(str(path)) as container:
+        shown = [
+            number_of(torch.from_numpy(f.to_ndarray(format="rgb24")).permute(2, 0, 1))
+            for f in container.decode(video=0)
+        ]
+    totals = []
+    for wanted in ([0], [5, 3], [len(shown) - 1], list(range(20, 30))):
+        frames = read_frames(path, lambda total, wanted=wanted: totals.append(total) or wanted)
+        assert [number_of(frame) for frame in frames] == [shown[i] for i in wanted]
+    frames = read_frames(path, lambda total: totals.append(total) or [total - 1])
+    assert number_of(frames[0]) == shown[-1] and totals[-1] == len(shown)
+
+
+def test_metadata_in_another_encoding_does_not_matter(tmp_path):
+    path = write(tmp_path / "title.avi", "mpeg4", frames=5)
+    raw = path.read_bytes()
+    at = raw.index(b"Lavf")  # the name of the writing program
+    path.write_bytes(raw[:at] + b"L\xe4vf" + raw[at + 4 :])
+    assert number_of(read_frames(path, [3])[0]) == 3
+
+
 def test_a_truncated_avi_gives_the_frames_it_still_has(tmp_path):
     whole = write(tmp_path / "whole.avi", "mpeg4", g=1).read_bytes()
     path = tmp_path / "cut.avi"
@@ -180,8 +219,9 @@ def test_a_truncated_avi_gives_the_frames_it_still_has(tmp_path):
 def test_frames_a_file_does_not_have_are_refused(tmp_path):
     path = write(tmp_path / "short.mp4", frames=15)
     for wanted in ([15], [-1], []):
-        with pytest.raises(ValueError, match="short.mp4"):
-            read_frames(path, wanted)
+        for pick in (wanted, lambda total, wanted=wanted: wanted):
+            with pytest.raises(ValueError, match="short.mp4"):
+                read_frames(path, pick)
 
 
 # sampling rules

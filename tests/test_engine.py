@@ -14,11 +14,12 @@ from model import VideoMAE
 
 @dataclass
 class Flags:
-    count: int = engine.opt(3, "clips")
+    count: int = engine.opt(3, "clips", 0)
     rate: float | None = engine.opt(None, "Hz")
     kind: Literal["a", "b"] = engine.opt("a", "100% kind")
     cube: tuple[int, ...] = engine.opt((2, 8, 8), "pixels")
     flip_it: bool = engine.opt(True, "mirror")
+    na_me: str = engine.opt("x", "word")
 
 
 PRESETS = {"small": dict(count=1), "big": dict(count=9, rate=2.0)}
@@ -30,9 +31,12 @@ def test_flags_win_over_presets_and_presets_over_defaults():
     assert preset == "big" and flags == Flags(9, 5.0, "b", (1, 2, 3), False)
     assert engine.parse_config(Flags, ["--flip_it"], "", PRESETS)[1].flip_it is True  # underscores work too
     assert engine.parse_config(Flags, ["--rate=-1e-3"], "", PRESETS)[1].rate == -1e-3
+    assert engine.parse_config(Flags, ["--na_me=a_b"], "", PRESETS)[1].na_me == "a_b"
 
 
-@pytest.mark.parametrize("argv", ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False"])
+@pytest.mark.parametrize(
+    "argv", ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False", "--count -1"]
+)
 def test_mistakes_in_flags_are_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         engine.parse_config(Flags, argv.split(), "", PRESETS)
@@ -128,8 +132,6 @@ def test_precision():
     cpu = torch.device("cpu")
     assert engine.precision_dtype("bf16", cpu) == torch.bfloat16
     assert engine.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        engine.precision_dtype("fp16", cpu)
 
 
 def test_cuda_without_a_gpu_is_one_clear_error():

@@ -16,8 +16,8 @@ import pretrain
 import visualize
 from data import make_toy
 
-TINY = "--epochs 3 --batch 8 --micro 4 --repeats 1 --warmup 1 --decoder-depth 1 --precision fp32".split()
-TINY += "--workers 0 --log-every 1".split()
+TINY = "--epochs 3 --batch 8 --micro 4 --repeats 1 --warmup 0.5 --decoder-depth 1 --precision fp32".split()
+TINY += "--workers 0 --log-every 1 --normalize".split()
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,10 @@ def test_pretrain_then_visualize(here, capsys):
         assert os.path.getsize(f"runs/pretrain-toy/{name}") > 1000
     first = json.loads(open("runs/pretrain-toy/log.jsonl").readline())
     assert first["config"]["model"]["decoder_depth"] == 1 and first["predict_nothing"] == pytest.approx(1, abs=0.02)
-    assert list(losses("pretrain-toy")) == list(range(1, 10))
+    lines = [json.loads(line) for line in open("runs/pretrain-toy/log.jsonl")][1:]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    peak, floor = 3.2e-2 * 8 / 256, 3.2e-4 * 8 / 256
+    assert [line["lr"] for line in lines] == [engine.cosine_lr(step, 9, 1, peak, floor) for step in range(9)]
     capsys.readouterr()
 
     video = f"{here}/Grow/v_Grow_g01_c01.avi"
@@ -103,12 +106,28 @@ def test_two_processes_train_as_one(here):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--target center", "--target double", "--mask frame --loss l1", "--mask random --no-normalize --checkpointing",
+    ["--target center", "--target double", "--mask frame --loss l1 --precision fp16",
+     "--mask random --no-normalize --checkpointing",
      "--positions 3d --clip-grad 0.1 --precision bf16 --flip --beta2 0.9 --weight-decay 0.1"],
 )  # fmt: skip
 def test_options_train_and_draw(here, flags):
     pretrain.main(["--data", here, *TINY, *flags.split(), "--epochs", "1"])
     assert all(np.isfinite(list(losses("pretrain-toy").values())))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--stride 1", "--flip", "--beta2 0.5", "--weight-decay 100", "--clip-grad 1e-6", "--seed 1", "--mask random",
+     "--ratio 0.5", "--base-lr 1e-3", "--loss l1", "--positions 1d", "--decoder-depth 2"],
+)  # fmt: skip
+def test_every_option_changes_what_is_learned(here, flags):
+    short = ["--data", here, *TINY, "--epochs", "1", "--warmup", "0"]
+    for name, extra in (("plain", []), ("changed", flags.split())):
+        pretrain.main([*short, "--name", name, *extra])
+    plain, changed = (
+        engine.load_checkpoint(f"runs/{n}/checkpoint.pt", "pretrain")["model"] for n in ("plain", "changed")
+    )
+    assert any(not torch.equal(plain[key], changed[key]) for key in plain if key in changed)
 
 
 def test_presets_hold_the_published_recipes():
@@ -137,7 +156,7 @@ def tiny_model(**kwargs):
 
 @pytest.mark.parametrize("target", ["clip", "center", "double"])
 def test_figures_do_not_leak_hidden_pixels(target):
-    """With visible statistics, changing what is hidden changes nothing in the reconstruction; with oracle it does."""
+    """With visible statistics, changing what is hidden changes nothing but the original; with oracle it does."""
     from masking import tube_mask
     from model import patchify, unpatchify
 
@@ -147,11 +166,14 @@ def test_figures_do_not_leak_hidden_pixels(target):
     mask = tube_mask(1, (4, 8, 8), 0.75)
     cubes = patchify(video, (frames // 4, 8, 8))
     other = unpatchify(torch.where(mask[:, :, None], 255 - cubes // 2, cubes), (4, 8, 8), (frames // 4, 8, 8))
+    if target == "double":
+        other[:, 1::2] = 7  # the encoder sees every second frame only: the others are hidden
     for stats, same in (("visible", True), ("oracle", False)):
         a, b = (visualize.reconstruct(model, v, mask, stats) for v in (video, other))
         hidden = a["hidden"]
         assert torch.allclose(a["model"][hidden], b["model"][hidden], atol=1e-5) == same
-        assert torch.equal(a["nearest"], b["nearest"]) and torch.equal(a["mean"], b["mean"])
+        assert all(torch.equal(a[key], b[key]) for key in ("masked", "nearest", "mean", "hidden"))
+        assert (a["masked"][hidden] == 0.5).all() and not torch.equal(a["original"], b["original"])
         assert torch.equal(a["nothing"], b["nothing"]) == same  # what an empty prediction gets from oracle statistics
         assert torch.equal(a["model"][~hidden], a["original"][~hidden])  # visible cubes are pasted in
 
@@ -176,6 +198,13 @@ def test_psnr_and_baselines():
     "stage, flags, words",
     [
         (pretrain, "ucf101", "--data is missing"),
+        (pretrain, "ucf101 --data texts", "--splits"),
+        (pretrain, "ucf101 --data TOY --epochs 10", "--warmup"),
+        (pretrain, "--data TOY --batch 8 --cube 2 8", "three sides"),
+        (pretrain, "--data TOY --batch 8 --ratio nan", "ratio nan"),
+        (pretrain, "--data TOY --stride 0", "at least 1"),
+        (pretrain, "--data TOY --workers -1", "at least 0"),
+        (visualize, "--checkpoint other.pt --out no/x.png", "other.pt"),
         (pretrain, "--data nowhere", "nowhere"),
         (pretrain, "--data empty", "no videos"),
         (pretrain, "--data TOY --splits nowhere", "nowhere"),
