@@ -42,7 +42,7 @@ def read_frames(path: str | Path, pick) -> Tensor:
     Raises ValueError, with the path, for a file that cannot be decoded or a frame it does not have.
     """
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(str(path), **OPEN) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: no video in this file")
             stream = container.streams.video[0]
@@ -71,6 +71,9 @@ def read_frames(path: str | Path, pick) -> Tensor:
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
 
+
+# Titles in another encoding are no reason to refuse a video; PyAV 19 ignores them unasked.
+OPEN = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 # Where decoding may begin in the middle: containers whose packets carry true display times, and codecs with one shown
 # frame a packet (VP8, for one, has packets that show nothing). All others are decoded from the start and counted.

@@ -14,6 +14,7 @@ import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> None:
     if preset in ("ucf101", "hmdb51") and read_split(cfg.data, cfg.splits, cfg.fold, train=False) == split:
         raise ValueError(f"no split lists of {preset} in {cfg.data}: name their folder with --splits")
     dense = 2 if cfg.target == "double" else 1  # target "double": twice the frames at half the stride
-    sample = lambda total: sample_clip(total, cfg.frames * dense, cfg.stride // dense)
+    sample = partial(sample_clip, frames=cfg.frames * dense, stride=cfg.stride // dense)
     videos = Videos(split, sample, train_transform(cfg.resolution, cfg.flip), cfg.repeats)
     micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
     per_epoch = max(len(videos) // cfg.batch, 1)
@@ -192,7 +193,8 @@ def main(argv: list[str]) -> None:
 
         done = step + 1
         if step == 0:  # the loss of a model that predicts the targets' mean everywhere
-            target = model.target_cubes(clips[:1], torch.arange(mask.shape[1], device=device)[None])
+            places = torch.arange(mask.shape[1], device=device).expand(len(clips[:8]), -1)
+            target = model.target_cubes(clips[:8], places)
             nothing = model.loss(target.mean().expand_as(target), target).item()
             log.write(config=config, torch=torch.__version__, predict_nothing=nothing)
         if done % cfg.log_every == 0 or done == steps:

@@ -104,6 +104,15 @@ def test_two_processes_train_as_one(here):
     assert one.keys() == two.keys() and all(one[step] == pytest.approx(two[step], rel=1e-4) for step in one)
 
 
+def test_workers_start_where_processes_cannot_fork(here):
+    """macOS and newer Pythons do not fork: all that a worker needs must survive pickling."""
+    argv = ["--data", here, *TINY, "--workers", "1", "--epochs", "1"]
+    code = f"import multiprocessing as m; m.set_start_method('spawn'); import pretrain; pretrain.main({argv!r})"
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(engine.__file__)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--target center", "--target double", "--mask frame --loss l1 --precision fp16",
