@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
     config, start = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}, 0
     if cfg.resume:
         state = engine.load_checkpoint(run / "checkpoint.pt", "pretrain")
-        changed = ["number of videos"] * (state["config"]["videos"] != len(videos))
+        changed = ["number of videos"] * (state["config"].get("videos") != len(videos))
         changed += [k for k, old in state["config"]["stage"].items() if k not in MAY_CHANGE and old != getattr(cfg, k)]
         if changed:
             raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")
