@@ -123,6 +123,11 @@ def _decode(stream, packets, index: int, wanted: set[int], times: list[int] | No
 # ----------------------------------------------------------------------------------------- frame index rules
 
 
+def fitting_stride(total: int, frames: int, stride: int) -> int:
+    """The largest stride up to `stride` at which `frames` frames fit into a video of `total`, at least 1."""
+    return max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+
+
 def sample_clip(total: int, frames: int, stride: int) -> list[int]:
     """Random clip of `frames` frames, `stride` apart, from a video of `total` frames (method of pre-training).
 
@@ -130,14 +135,14 @@ def sample_clip(total: int, frames: int, stride: int) -> list[int]:
     fits, at least 1 (our choice: the official code repeats the last frame), and only one with fewer than `frames`
     frames repeats its last frame. Draws from torch's global generator.
     """
-    stride = max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+    stride = fitting_stride(total, frames, stride)
     start = int(torch.randint(max(total - frames * stride, 0) + 1, ()))
     return [min(start + i * stride, total - 1) for i in range(frames)]
 
 
 def center_clip(total: int, frames: int, stride: int) -> list[int]:
     """The clip in the middle of the video, with sample_clip's rule for short ones. No randomness; for figures."""
-    stride = max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+    stride = fitting_stride(total, frames, stride)
     start = max(total - (frames - 1) * stride - 1, 0) // 2
     return [min(start + i * stride, total - 1) for i in range(frames)]
 
@@ -394,6 +399,7 @@ def make_loader(dataset: Videos, order: Order, workers: int, pin: bool) -> DataL
 
 # ------------------------------------------------------------------------------------------- the toy data set
 
+TOY = "datasets/toy"  # where it goes unless told otherwise
 MOTIONS = (
     "MoveLeft", "MoveRight", "MoveUp", "MoveDown", "TurnLeft", "TurnRight",
     "Grow", "Shrink", "OrbitLeft", "OrbitRight", "SwingAcross", "SwingUpright",
@@ -506,7 +512,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data set")
-    toy.add_argument("--out", default="datasets/toy", help="folder to write (default: %(default)s)")
+    toy.add_argument("--out", default=TOY, help="folder to write (default: %(default)s)")
     toy.add_argument("--train", type=int, default=1200, help="training videos (default: %(default)s)")
     toy.add_argument("--test", type=int, default=600, help="test videos (default: %(default)s)")
     toy.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")

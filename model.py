@@ -11,6 +11,8 @@ Shapes, here and in every docstring:
 A video is (B, T, C, H, W), uint8 0-255 or float 0-1. Parameter names are the official checkpoints' names.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -91,12 +93,16 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool) -> Tensor:
     return x
 
 
-def init_xavier(module: nn.Module) -> None:
-    """Pre-training initialisation (official code): Linears xavier-uniform (qkv as one matrix), biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_linears(module: nn.Module, init_weight) -> None:
+    """Initialise every Linear in a module (qkv as one matrix): the weight by `init_weight`, the bias to 0.
+
+    Official code: nn.init.xavier_uniform_ for pre-training, nn.init.trunc_normal_ with std .02 for fine-tuning.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init_weight(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 # ---------------------------------------------------------------------------------------- cubes and positions
@@ -201,7 +207,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Linear(cube[0] * cube[1] * cube[2] * 3, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
-        self.blocks.apply(init_xavier)
+        init_linears(self.blocks, nn.init.xavier_uniform_)
         self.register_buffer("positions", position_table(self.grid, dim, positions), persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
@@ -230,7 +236,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, values)
-        self.apply(init_xavier)
+        init_linears(self, nn.init.xavier_uniform_)
 
     def forward(self, x: Tensor, keep: int, checkpointing: bool) -> Tensor:
         return self.head(self.norm(run_blocks(self.blocks, x, checkpointing)[:, -keep:]))
@@ -349,11 +355,8 @@ class Classifier(nn.Module):
         self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)
-        for module in (*self.encoder.blocks.modules(), self.head):
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for module in (self.encoder.blocks, self.head):
+            init_linears(module, partial(nn.init.trunc_normal_, std=0.02))
         self.head.weight.data.mul_(init_scale)
 
     def forward(self, video: Tensor) -> Tensor:

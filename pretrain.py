@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import visualize
-from data import Order, Videos, derive_seed, make_loader, make_toy, read_split, sample_clip, train_transform
+from data import TOY, Order, Videos, derive_seed, make_loader, make_toy, read_split, sample_clip, train_transform
 from engine import opt
 from masking import MASKS
 from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE
@@ -75,7 +75,6 @@ class Config:
 
 
 MAY_CHANGE = set("data splits workers micro name resume device compile checkpointing save_minutes".split())  # on resume
-TOY = "datasets/toy"  # made on first use
 
 # Epochs, batch, learning rate, stride, ratio: paper Table 9, section 4.2, Appendix B (1600 epochs on k400 for Table 7,
 # 2400 on ssv2 for Table 6). Warm-up, min_lr and betas of ucf101: official script; of hmdb51: as ucf101, since nothing

@@ -31,7 +31,7 @@ import engine
 from data import center_clip, derive_seed, eval_transform, read_frames, read_split
 from engine import opt
 from masking import MASKS
-from model import VideoMAE, normalize_cubes, patchify, token_indices, unit_range, unpatchify
+from model import VideoMAE, normalize_cubes, patchify, unit_range, unpatchify
 
 
 @dataclass
@@ -85,7 +85,6 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visi
     nothing   only of models of normalised cubes: a prediction of zero, with the same `stats` as the model's
     hidden    bool, True on masked pixels
     """
-    _, masked = token_indices(mask)
     _, pred = model(video, mask)
     original, grid, cube, hidden = unit_range(model.target_video(video)), model.encoder.grid, model.target_cube, mask[0]
     if model.target == "center":
@@ -134,19 +133,20 @@ def make_figure(model, clips: list[Tensor], drawn: int, cfg: Config, out: Path) 
             generator = torch.Generator().manual_seed(derive_seed(4, cfg.seed, number))
             mask = MASKS[cfg.mask](1, model.encoder.grid, ratio, generator)
             result = reconstruct(model, clip, mask, cfg.stats)
-            for key in {"model", "nearest", "mean", "nothing"} & result.keys():
-                scores.setdefault((ratio, key), []).append(psnr(result, key))
+            quality = {key: psnr(result, key) for key in ("model", "nearest", "mean", "nothing") if key in result}
+            for key, value in quality.items():
+                scores.setdefault(ratio, {}).setdefault(key, []).append(value)
             if number >= drawn:
                 continue
             if ratio == cfg.ratios[0]:
                 columns.append(("original", "", result["original"]))
             columns.append((f"{ratio:.0%} masked", f"{int((~mask).sum())} of {mask.numel()} cubes", result["masked"]))
             if cfg.stats == "oracle" and model.normalize:
-                note = f"{psnr(result, 'nothing'):.1f} dB, predict nothing"
-                columns.append(("oracle statistics", f"{psnr(result, 'model'):.1f} dB", result["model"]))
+                columns.append(("oracle statistics", f"{quality['model']:.1f} dB", result["model"]))
+                note = f"{quality['nothing']:.1f} dB, predict nothing"
                 columns.append(("oracle statistics", note, result["nothing"]))
             else:
-                columns.append(("reconstruction", f"{psnr(result, 'model'):.1f} dB", result["model"]))
+                columns.append(("reconstruction", f"{quality['model']:.1f} dB", result["model"]))
     times = columns[0][2].shape[1]
     images = [(title, note, video[0].permute(0, 2, 3, 1).numpy()) for title, note, video in columns]
     save_columns(images, range(0, times, max(times // 8, 1)), out)
@@ -154,9 +154,8 @@ def make_figure(model, clips: list[Tensor], drawn: int, cfg: Config, out: Path) 
         stills = [save_columns(images, [t], None) for t in range(times)]
         stills[0].save(cfg.gif, save_all=True, append_images=stills[1:], duration=150, loop=0)
     print(f"PSNR on masked pixels, mean over {len(clips)} clips, {cfg.mask} masks:")
-    for ratio in cfg.ratios:
-        row = {key: scores.get((ratio, key)) for key in ("model", "nearest", "mean", "nothing")}
-        print(f"  {ratio:.0%} masked: " + ", ".join(f"{k} {sum(v) / len(v):.2f} dB" for k, v in row.items() if v))
+    for ratio, row in scores.items():
+        print(f"  {ratio:.0%} masked: " + ", ".join(f"{k} {sum(v) / len(v):.2f} dB" for k, v in row.items()))
 
 
 def save_columns(images, rows, out: Path | None) -> Image.Image:

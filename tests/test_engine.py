@@ -1,6 +1,7 @@
 """Plumbing: flags, learning rate, parameter groups, checkpoints, log."""
 
 import json
+import os
 import pickle
 from dataclasses import dataclass
 from typing import Literal
@@ -102,8 +103,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for name, path in files.items():
         with pytest.raises(ValueError, match=name):
             engine.load_checkpoint(path, "pretrain")
-    import os
-
     assert not os.path.exists("/tmp/videomae-was-here")
 
 
