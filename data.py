@@ -147,6 +147,38 @@ def center_clip(total: int, frames: int, stride: int) -> list[int]:
     return [min(start + i * stride, total - 1) for i in range(frames)]
 
 
+def uniform_clip(total: int, frames: int, stride: int = 0) -> list[int]:
+    """A random frame from each of `frames` equal parts of the video (TSN sampling, ssv2); `stride` plays no part.
+
+    Part i of a video of N frames is the N // frames frames from i * (N // frames) on, as in the official code; a video
+    shorter than the clip is spread over it evenly (ours: the official code then repeats frame 0).
+    """
+    part = total // frames
+    if part == 0:
+        return [i * total // frames for i in range(frames)]
+    return [i * part + int(torch.randint(part, ())) for i in range(frames)]
+
+
+def dense_views(total: int, frames: int, stride: int, clips: int) -> list[list[int]]:
+    """Test clips, evenly spread over the video: of its frames 0, stride, 2*stride ... each clip takes `frames` in a row.
+
+    As in the official code, except for short videos, which follow sample_clip's rule; no randomness.
+    """
+    stride = fitting_stride(total, frames, stride)
+    places = list(range(0, total, stride))
+    places += [places[-1]] * (frames - len(places))
+    step = (len(places) - frames) / max(clips - 1, 1)
+    return [places[int(k * step) :][:frames] for k in range(clips)]
+
+
+def uniform_views(total: int, frames: int, stride: int, clips: int) -> list[list[int]]:
+    """Test clips of TSN sampling: clip k has frames floor((i + k/clips) * total/frames), i = 0, 1 ... (2 in the paper)."""
+    return [[int((i + k / clips) * total / frames) for i in range(frames)] for k in range(clips)]
+
+
+SAMPLING = {"dense": (sample_clip, dense_views), "uniform": (uniform_clip, uniform_views)}  # training clip, test clips
+
+
 # ------------------------------------------------------------------------------------------ lists and splits
 
 
@@ -306,14 +338,55 @@ class MultiScaleCrop(v2.Transform):
         return VF.resized_crop(inpt, **params, size=[self.size, self.size], antialias=True)
 
 
-def train_transform(size: int, flip: bool) -> v2.Transform:
+class Erase(v2.RandomErasing):
+    """Random erasing of a uint8 video: one rectangle for all frames, filled with noise of its own in every frame.
+
+    Box: torchvision's, area 2 to 33 % and aspect 0.3 to 3.3 (official code); noise with ImageNet's mean and std.
+    """
+
+    def __init__(self, p: float):
+        super().__init__(p, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+
+    def transform(self, inpt, params):
+        if params["v"] is not None:
+            i, j, h, w = (params[key] for key in "ijhw")
+            inpt = inpt.clone()
+            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+            noise = torch.randn(*inpt.shape[:-2], h, w) * std + mean
+            inpt[..., i : i + h, j : j + w] = (255 * noise).clamp(0, 255).to(torch.uint8)
+        return inpt
+
+
+def pretrain_transform(size: int, flip: bool) -> v2.Transform:
     """Pre-training augmentation of a tv_tensors.Video: MultiScaleCrop, and with `flip` a mirror image half the time."""
     return v2.Compose([MultiScaleCrop(size), *([v2.RandomHorizontalFlip()] if flip else [])])
+
+
+def finetune_transform(size: int, flip: bool, operations: int, magnitude: float, smallest: float, erase: float):
+    """Fine-tuning augmentation of a tv_tensors.Video, the same for all of its frames (official code, in its order).
+
+    RandAugment (`operations` draws, each applied half of the time, at `magnitude` of 10; torchvision's list of
+    operations, bilinear), RandomResizedCrop to size x size pixels from `smallest` to all of the area, mirror image half
+    the time with `flip`, random erasing with probability `erase`.
+    """
+    one = v2.RandAugment(1, round(3 * magnitude), 31, interpolation=v2.InterpolationMode.BILINEAR, fill=128)
+    steps = [v2.RandomApply([one], p=0.5) for _ in range(operations)]
+    steps.append(v2.RandomResizedCrop(size, scale=(smallest, 1.0), antialias=True))
+    return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if flip else []), *([Erase(erase)] if erase else [])])
 
 
 def eval_transform(size: int) -> v2.Transform:
     """Short side to `size` pixels, then the central square."""
     return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+
+def spatial_views(clip: Tensor, size: int, crops: int) -> Tensor:
+    """(T, C, H, W) -> (crops, T, C, size, size): short side to `size` pixels, squares evenly along the longer side."""
+    clip = VF.resize(clip, size, antialias=True)
+    spare = [side - size for side in clip.shape[-2:]]  # one of them is 0
+    shares = [k / (crops - 1) for k in range(crops)] if crops > 1 else [0.5]
+    corners = [(int(share * spare[0]), int(share * spare[1])) for share in shares]
+    return torch.stack([clip[..., y : y + size, x : x + size] for y, x in corners])
 
 
 # ----------------------------------------------------------------------------------------- data set, loader
@@ -325,27 +398,33 @@ def derive_seed(*numbers: int) -> int:
 
 
 class Videos(Dataset):
-    """Clips of a split. The key is (index, seed): everything random about an item comes from its seed.
+    """Training clips of a split. The key is (index, seed): everything random about an item comes from its seed.
 
-    An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each cut and augmented on its
-    own. For training only: a file that cannot be read is left out and reported, {path: error}, and a random other one
-    takes its place. After 10 unreadable ones in a row the clips are None.
+    An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each augmented on its own and
+    each cut at its own time, or with `same_time` all at one. A file that cannot be read is left out and reported,
+    {path: error}, and a random other one takes its place. After 10 unreadable ones in a row the clips are None.
     """
 
-    def __init__(self, split: Split, sample, transform, repeats: int = 1):
-        self.split, self.sample, self.transform, self.repeats = split, sample, transform, repeats
+    def __init__(self, split: Split, sample, transform, repeats: int = 1, same_time: bool = False):
+        self.split, self.sample, self.transform = split, sample, transform
+        self.repeats, self.same_time = repeats, same_time
 
     def __len__(self) -> int:
         return len(self.split.paths)
 
+    def pick(self, total: int) -> list[int]:
+        """Frames of the R clips, one after the other, from a video of `total` frames."""
+        if self.same_time:
+            return self.sample(total) * self.repeats
+        return [i for _ in range(self.repeats) for i in self.sample(total)]
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
         (index, seed), unreadable = key, {}
-        pick = lambda total: [i for _ in range(self.repeats) for i in self.sample(total)]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone
             for _ in range(10):
                 try:
-                    frames = read_frames(self.split.paths[index], pick)
+                    frames = read_frames(self.split.paths[index], self.pick)
                 except ValueError as error:
                     unreadable[str(self.split.paths[index])] = str(error)
                     index = int(torch.randint(len(self), ()))
@@ -354,6 +433,30 @@ class Videos(Dataset):
                 clips = torch.stack([clip.as_subclass(Tensor) for clip in clips])
                 return clips, self.split.labels[index], unreadable
         return None, -1, unreadable
+
+
+class Views(Dataset):
+    """Test views of videos: item i is (i, views (clips * crops, T, C, size, size) uint8), from one decode.
+
+    `rule` is a test rule of SAMPLING, for `clips` clips of `frames` frames; see spatial_views for `size` and `crops`.
+    Raises ValueError, with the path, for a file that cannot be read: evaluation never leaves anything out.
+    """
+
+    def __init__(self, paths: list, rule, frames: int, stride: int, clips: int, size: int, crops: int):
+        self.paths, self.rule, self.frames, self.stride = paths, rule, frames, stride
+        self.clips, self.size, self.crops = clips, size, crops
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pick(self, total: int) -> list[int]:
+        """Frames of all clips, one after the other, from a video of `total` frames."""
+        return [i for clip in self.rule(total, self.frames, self.stride, self.clips) for i in clip]
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        frames = read_frames(self.paths[index], self.pick)
+        views = [spatial_views(clip, self.size, self.crops) for clip in frames.split(self.frames)]
+        return index, torch.cat(views)
 
 
 def collate(items) -> tuple[Tensor | None, Tensor, dict[str, str]]:

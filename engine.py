@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import typing
@@ -77,12 +78,12 @@ def setup(device: str) -> tuple[torch.device, int, int]:
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Type of matrix products; "auto": bf16 where the hardware has it, else fp16 on GPU and float32 on CPU."""
-    if precision == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = on_gpu if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
 
 def split_batch(batch: int, processes: int, micro: int | None) -> tuple[int, int]:
@@ -100,12 +101,19 @@ def cosine_lr(step: int, total: int, warmup: int, peak: float, floor: float) -> 
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups: no decay for vectors (biases, LayerNorms) and the mask token, as in the official code."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+def param_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """AdamW's groups, as in the official code: no weight decay for vectors (biases, LayerNorms) and the mask token.
+
+    A group's learning rate is to be multiplied by its `scale`: 1 for head and fc_norm, layer_decay for the encoder's
+    last block, its square for the one before, and so on down to the cube embedding.
+    """
+    groups, last = {}, len(model.encoder.blocks) + 1
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim == 1 or name.endswith("mask_token")]["params"].append(parameter)
-    return groups
+        block = re.match(r"encoder\.blocks\.(\d+)", name)
+        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.patch_embed") else last
+        key = (0.0 if parameter.ndim == 1 or name.endswith("mask_token") else weight_decay, layer_decay ** (last - layer))
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=groups[key], weight_decay=key[0], scale=key[1]) for key in sorted(groups, reverse=True)]
 
 
 def save_checkpoint(path: Path, **state) -> None:
@@ -129,6 +137,19 @@ def load_checkpoint(path: str | Path, stage: str) -> dict:
     if found != stage:
         raise ValueError(f"{path} is a checkpoint of {found}, this needs one of {stage}.py")
     return state
+
+
+def resume(path: Path, stage: str, config: dict, may_change: set, **parts) -> int:
+    """Load model, optimizer and scaler from a checkpoint; the step it stopped at. ValueError if the recipe changed."""
+    state = load_checkpoint(path, stage)
+    old = dict(state["config"]["stage"], videos=state["config"].get("videos"))
+    new = dict(config["stage"], videos=config["videos"])
+    if changed := [key for key, value in old.items() if key not in may_change and value != new.get(key)]:
+        raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")
+    for name, part in parts.items():
+        if state[name]:  # that of a scaler that is off is empty
+            part.load_state_dict(state[name])
+    return state["step"]
 
 
 class Log:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import visualize
-from data import TOY, Order, Videos, derive_seed, make_loader, make_toy, read_split, sample_clip, train_transform
+from data import TOY, Order, Videos, derive_seed, make_loader, make_toy, pretrain_transform, read_split, sample_clip
 from engine import opt
 from masking import MASKS
 from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"no split lists of {preset} in {cfg.data}: name their folder with --splits")
     dense = 2 if cfg.target == "double" else 1  # target "double": twice the frames at half the stride
     sample = partial(sample_clip, frames=cfg.frames * dense, stride=cfg.stride // dense)
-    videos = Videos(split, sample, train_transform(cfg.resolution, cfg.flip), cfg.repeats)
+    videos = Videos(split, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
     micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
     per_epoch = max(len(videos) // cfg.batch, 1)
     steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
@@ -130,16 +130,8 @@ def main(argv: list[str]) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     config, start = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}, 0
     if cfg.resume:
-        state = engine.load_checkpoint(run / "checkpoint.pt", "pretrain")
-        changed = ["number of videos"] * (state["config"].get("videos") != len(videos))
-        changed += [k for k, old in state["config"]["stage"].items() if k not in MAY_CHANGE and old != getattr(cfg, k)]
-        if changed:
-            raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        start = state["step"]
+        parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+        start = engine.resume(run / "checkpoint.pt", "pretrain", config, MAY_CHANGE, **parts)
     elif (run / "checkpoint.pt").exists():
         raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
     net = torch.compile(model) if cfg.compile else model

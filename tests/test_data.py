@@ -25,7 +25,7 @@ from data import (
     read_split,
     sample_clip,
     toy_video,
-    train_transform,
+    pretrain_transform,
 )  # fmt: skip
 
 
@@ -402,7 +402,7 @@ def numbered_videos(folder, count=4, frames=40):
 
 def test_items_depend_on_their_seed_alone(tmp_path):
     videos = Videos(
-        numbered_videos(tmp_path), lambda n: sample_clip(n, 8, 2), train_transform(32, flip=True), repeats=2
+        numbered_videos(tmp_path), lambda n: sample_clip(n, 8, 2), pretrain_transform(32, flip=True), repeats=2
     )
     before = torch.random.get_rng_state()
     clips, label, bad = videos[2, 7]
@@ -413,7 +413,7 @@ def test_items_depend_on_their_seed_alone(tmp_path):
 
 
 def test_workers_deliver_what_the_main_process_would(tmp_path):
-    videos = Videos(numbered_videos(tmp_path), lambda n: sample_clip(n, 8, 2), train_transform(32, flip=False))
+    videos = Videos(numbered_videos(tmp_path), lambda n: sample_clip(n, 8, 2), pretrain_transform(32, flip=False))
     batches = [list(make_loader(videos, Order(4, 2, 2, 0, 4, 0, 0, 1), workers, pin=False)) for workers in (0, 2)]
     assert len(batches[0]) == 4 and batches[0][0][0].shape == (2, 8, 3, 32, 32)
     for (a, labels_a, _), (b, labels_b, _) in zip(*batches, strict=True):
@@ -434,7 +434,7 @@ def test_unreadable_training_videos_are_reported_and_left_out(tmp_path):
     split = numbered_videos(tmp_path)
     split.paths[1] = tmp_path / "broken.mp4"
     split.paths[1].write_text("no video")
-    videos = Videos(split, lambda n: sample_clip(n, 8, 2), train_transform(32, False))
+    videos = Videos(split, lambda n: sample_clip(n, 8, 2), pretrain_transform(32, False))
     clips, label, bad = videos[1, 0]
     assert label != 1 and list(bad) == [str(split.paths[1])] and "broken.mp4: Invalid data" in bad[str(split.paths[1])]
     assert torch.equal(clips, videos[1, 0][0])
@@ -465,7 +465,7 @@ def test_multi_scale_crop_draws_the_published_boxes():
 def test_a_clip_gets_one_crop_and_one_flip():
     still = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8).expand(8, 3, 48, 64)
     for _ in range(10):
-        clip = train_transform(32, flip=True)(tv_tensors.Video(still))
+        clip = pretrain_transform(32, flip=True)(tv_tensors.Video(still))
         assert clip.shape == (8, 3, 32, 32) and (clip == clip[:1]).all()
 
 
