@@ -1,19 +1,31 @@
 """Videos on disk -> batches of uint8 clips.
 
     python data.py toy                              # write the toy data set to datasets/toy
-    python data.py count --data ~/UCF-101 --splits ~/ucfTrainTestlist --fold 1      # 9537 training, 3783 test videos
+    python data.py check ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist     # decode all, say what is wrong
+    python data.py check hmdb51 --data ~/hmdb51 --splits ~/testTrainMulti_7030_splits --fold 2
+    python data.py check own --data FOLDER --splits LIST                         # or the folder alone
 
 From top to bottom: exact frames from a file (read_frames), which frames to take (sample_clip), which files belong to
-a split (read_split), augmentation, the data set and its loader, and the generator of the toy data set.
+a split (read_split), augmentation, the data set and its loader, the check of a data set, and the generator of the toy
+data set. `check` exits with 0 when all is well, 1 when files are broken, 2 when something is missing.
 
 A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame index counts frames in display order from 0.
 """
 
 import argparse
 import math
+import multiprocessing
+import os
+import shlex
 import shutil
+import signal
+import sys
+import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import av
@@ -43,10 +55,7 @@ def read_frames(path: str | Path, pick) -> Tensor:
     """
     try:
         with av.open(str(path), **OPEN) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: no video in this file")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
+            stream = _video_stream(container, path)
             packets = [packet for packet in container.demux(stream) if packet.size]
             total = sum(not packet.is_discard for packet in packets)
             cuts, times = [], None
@@ -79,6 +88,14 @@ OPEN = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 e
 # frame a packet (VP8, for one, has packets that show nothing). All others are decoded from the start and counted.
 TIMED = {"mp4", "matroska"}
 ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
+
+
+def _video_stream(container, path: str | Path):
+    if not container.streams.video:
+        raise ValueError(f"{path}: no video in this file")
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
+    return stream
 
 
 def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
@@ -193,6 +210,7 @@ class Split:
 
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # the official lists, videos in train and test
 HMDB51_COUNTS = {fold: (3570, 1530) for fold in (1, 2, 3)}
+LISTS = {"ucf101": "ucfTrainTestlist", "hmdb51": "testTrainMulti_7030_splits"}  # the official folders of lists
 
 
 def read_split(data: str | Path, splits: str | Path | None = None, fold: int = 1, train: bool = True) -> Split:
@@ -207,15 +225,22 @@ def read_split(data: str | Path, splits: str | Path | None = None, fold: int = 1
     The last and the list know no test part: give another file or folder. Counts of the official lists are checked.
     Raises ValueError for missing files and folders, malformed lines, and videos or groups in both parts.
     """
-    data = Path(data).expanduser()
-    splits = Path(splits).expanduser() if splits else None
+    found = _listed(Path(data).expanduser(), Path(splits).expanduser() if splits else None, fold, train)
+    missing = [path for path in found.paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(found.paths)} listed videos are missing, the first is {missing[0]}")
+    return found
+
+
+def _listed(data: Path, splits: Path | None, fold: int, train: bool) -> Split:
+    """As read_split, without looking whether the videos that a list names are there."""
     if not data.is_dir():
         raise ValueError(f"no folder {data}: --data must name the folder that holds the videos")
     if splits and not splits.exists():
         raise ValueError(f"no file or folder {splits}: --splits must name the official split files' folder or a list")
-    for name in ("ucfTrainTestlist", "testTrainMulti_7030_splits"):
-        if splits is None and (data / name).is_dir():
-            splits = data / name
+    if fold not in (1, 2, 3):
+        raise ValueError(f"no fold {fold}: the official splits are 1, 2 and 3")
+    splits = splits or next((data / name for name in LISTS.values() if (data / name).is_dir()), None)
     if splits is None:
         found = _read_folder(data)
     elif splits.is_file():
@@ -228,9 +253,6 @@ def read_split(data: str | Path, splits: str | Path | None = None, fold: int = 1
         raise ValueError(f"{splits} holds neither classInd.txt (UCF101) nor *_test_split1.txt (HMDB51)")
     if not found.paths:
         raise ValueError(f"no videos: {splits or data} lists none ({', '.join(sorted(EXTENSIONS))})")
-    missing = [path for path in found.paths if not path.is_file()]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(found.paths)} listed videos are missing, the first is {missing[0]}")
     return found
 
 
@@ -263,20 +285,22 @@ def _read_list(data: Path, file: Path) -> Split:
 
 def _read_ucf101(data: Path, splits: Path, fold: int, train: bool) -> Split:
     numbers = [line.split() for line in _lines(splits / "classInd.txt")]
-    if any(len(entry) != 2 or int(entry[0]) != i + 1 for i, entry in enumerate(numbers)):
+    if any(len(entry) != 2 or entry[0] != str(i + 1) for i, entry in enumerate(numbers)):
         raise ValueError(f"{splits / 'classInd.txt'}: lines must read `number class`, numbered from 1")
     classes = [name for _, name in numbers]
-    parts = []
-    for name in (f"trainlist{fold:02}.txt", f"testlist{fold:02}.txt"):
-        parts.append([line.split()[0] for line in _lines(splits / name)])  # training lines end with the label
-    groups = [{line.rsplit("_c", 1)[0] for line in part} for part in parts]  # v_Class_g08_c01.avi: group 8, clip 1
+    parts = [[], []]
+    for part, name in zip(parts, (f"trainlist{fold:02}.txt", f"testlist{fold:02}.txt"), strict=True):
+        for line in _lines(splits / name):
+            video, *label = line.split()  # training lines end with the label
+            group = video.split("/")[0]
+            if group not in classes or label not in ([], [str(classes.index(group) + 1)]):
+                raise ValueError(f"{splits / name}: line {line!r} must read `Class/video [number]` as in classInd.txt")
+            part.append(video)
+    groups = [{video.rsplit("_c", 1)[0] for video in part} for part in parts]  # v_Class_g08_c01.avi: group 8, clip 1
     if groups[0] & groups[1]:
         raise ValueError(f"{splits}: group {min(groups[0] & groups[1])} is in both the training and the test list")
     if len(classes) == 101:
         _check_counts("UCF101", fold, parts, UCF101_COUNTS)
-    unknown = {line.split("/")[0] for part in parts for line in part} - set(classes)
-    if unknown:
-        raise ValueError(f"{splits}: class {min(unknown)} is not in classInd.txt")
     names = parts[0 if train else 1]
     return Split([data / name for name in names], [classes.index(name.split("/")[0]) for name in names], classes)
 
@@ -284,6 +308,8 @@ def _read_ucf101(data: Path, splits: Path, fold: int, train: bool) -> Split:
 def _read_hmdb51(data: Path, splits: Path, fold: int, train: bool) -> Split:
     suffix = f"_test_split{fold}.txt"
     files = sorted(splits.glob("*" + suffix))
+    if not files:
+        raise ValueError(f"no files *{suffix} in {splits}")
     classes = [file.name.removesuffix(suffix) for file in files]
     parts = [[], []]
     for label, file in enumerate(files):
@@ -500,6 +526,221 @@ def make_loader(dataset: Videos, order: Order, workers: int, pin: bool) -> DataL
     return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=pin)
 
 
+# ------------------------------------------------------------------------------------------ check a data set
+
+CHECKED = {"ucf101": 4, "hmdb51": 2, "own": 4}  # the recipes' strides, in frames
+SOURCES = {
+    "ucf101": """UCF101 is on https://www.crcv.ucf.edu/data/UCF101.php: download UCF101.rar and
+UCF101TrainTestSplits-RecognitionTask.zip (not DetectionTask) and unpack both, keeping folders (unrar x, not unrar e):
+    unrar x UCF101.rar
+    unzip UCF101TrainTestSplits-RecognitionTask.zip
+This leaves UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi ... and ucfTrainTestlist/classInd.txt ...:
+    python data.py check ucf101 --data UCF-101 --splits ucfTrainTestlist""",
+    "hmdb51": """HMDB51 is on https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/: download
+hmdb51_org.rar, which holds one .rar a class, and test_train_splits.rar, and unpack all, keeping folders (unrar x, not
+unrar e):
+    mkdir hmdb51 && unrar x hmdb51_org.rar hmdb51/
+    (cd hmdb51 && for f in *.rar; do unrar x "$f" && rm "$f"; done)
+    unrar x test_train_splits.rar
+This leaves hmdb51/brush_hair/*.avi ... and testTrainMulti_7030_splits/brush_hair_test_split1.txt ...:
+    python data.py check hmdb51 --data hmdb51 --splits testTrainMulti_7030_splits""",
+    "own": """--data names a folder of videos, --splits (if any) a text file of lines `path` or `path label`, paths
+relative to --data.""",
+}
+
+
+@dataclass
+class Probe:
+    """What decoding a whole file found: frames, those of them that are damaged, those announced by the container (0: it
+    does not say), size (width, height) in pixels as stored, rate in frames a second (0: unknown)."""
+
+    frames: int = 0
+    damaged: int = 0
+    announced: int = 0
+    size: tuple[int, int] = (0, 0)
+    rate: float = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why the file is broken, or "". XviD files lack a frame or two of those announced, whole ones not a tenth."""
+        if self.frames < 0.9 * self.announced:
+            return f"{self.frames} of {self.announced} frames are there: the file is cut short"
+        return f"{self.damaged} of {self.frames} frames are damaged" if self.damaged else ""
+
+
+def probe(path: str | Path) -> Probe:
+    """Decode a whole file from its start, in constant memory, and count the frames as read_frames does.
+
+    Raises ValueError, with the path, for a file of which nothing or not everything can be decoded.
+    """
+    found = Probe()
+    try:
+        with av.open(str(path), **OPEN) as container:
+            stream = _video_stream(container, path)
+            found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
+            found.size = (stream.codec_context.width, stream.codec_context.height)
+            for packet in chain((packet for packet in container.demux(stream) if packet.size), [None]):
+                for frame in stream.codec_context.decode(packet):
+                    found.frames += 1
+                    found.damaged += frame.is_corrupt
+    except (av.FFmpegError, OSError) as error:
+        after = f" after {found.frames} frames" if found.frames else ""
+        raise ValueError(f"{path}: {error.strerror or error}{after}") from error
+    if not found.frames:
+        raise ValueError(f"{path}: no frame could be decoded")
+    return found
+
+
+def _probe(path: Path) -> Probe | str:
+    try:
+        return probe(path)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _serve(work, pipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+    while True:
+        pipe.send(work(pipe.recv()))
+
+
+def in_processes(work, items: list, processes: int, limit):
+    """Yield (item, work(item)) as they are ready; instead of a result a text where the process came to no end.
+
+    A process that dies (decoders can crash) or takes more than limit(item) seconds costs its one item.
+    """
+    waiting, idle, busy = items[::-1], [], {}  # busy: pipe -> process, item, when it must be ready
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < processes:
+                if not idle:
+                    pipe, there = multiprocessing.Pipe()
+                    idle.append((pipe, multiprocessing.Process(target=_serve, args=(work, there), daemon=True)))
+                    idle[-1][1].start()
+                    there.close()  # so that the end of the process is the end of the pipe
+                (pipe, process), item = idle.pop(), waiting.pop()
+                pipe.send(item)
+                busy[pipe] = process, item, time.monotonic() + limit(item)
+            ready = wait(busy, max(0, min(due for *_, due in busy.values()) - time.monotonic()))
+            for pipe, (process, item, due) in list(busy.items()):
+                if pipe in ready:
+                    try:
+                        result = pipe.recv()
+                        idle.append((pipe, process))
+                    except (EOFError, OSError):
+                        process.join()
+                        result = f"decoding it crashed the process (exit code {process.exitcode})"
+                elif time.monotonic() > due:
+                    process.kill()
+                    process.join()
+                    result = f"not decoded after {limit(item):.0f} s"
+                else:
+                    continue
+                del busy[pipe]
+                yield item, result
+    finally:
+        for pipe, process in [*idle, *((pipe, process) for pipe, (process, *_) in busy.items())]:
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def _find_lists(kind: str, data: Path, splits: Path | None) -> Path:
+    """The folder of a data set's official lists; ValueError where it is not at `splits` (None: in `data`)."""
+    pattern = {"ucf101": "classInd.txt", "hmdb51": "*_test_split?.txt"}[kind]
+    folder = splits or data / LISTS[kind]
+    if any(folder.glob(pattern)):
+        return folder
+    error = f"no {pattern} in {folder}" if splits else f"--splits is missing, and {data} holds no {LISTS[kind]}"
+    for place in (folder, folder.parent, data, data.parent):
+        found = sorted(path.parent for part in (pattern, "*/" + pattern) for path in place.glob(part))
+        if found:
+            raise ValueError(f"{error}: the lists are in {found[0]}, use --splits {shlex.quote(str(found[0]))}")
+    if kind == "ucf101" and any(folder.glob("**/trainlist01.txt")):
+        error += ": are these the lists of the detection task?"
+    raise ValueError(f"{error}\n{SOURCES[kind]}")
+
+
+def _explain_missing(kind: str, data: Path, missing: list[Path], total: int) -> str:
+    """Say that listed videos are missing; if it is one of the usual mistakes, which; else what to download."""
+    error = f"{len(missing)} of {total} listed videos are missing, the first is {missing[0]}"
+    name = missing[0].relative_to(data) if missing[0].is_relative_to(data) else Path(missing[0].name)
+    above = [folder for folder in data.absolute().parents if (folder / name).is_file()]
+    below = sorted(path for path in data.rglob(name.name) if path.is_file())
+    depth = len(name.parts)
+    level = above + [path.parents[depth - 1] for path in below if path.parts[-depth:] == name.parts]
+    packed = sorted(data.rglob(f"{name.parts[0]}.rar"))
+    if level:
+        return f"{error}: it is in {level[0]}, use --data {shlex.quote(str(level[0]))}"
+    if below:
+        return f"{error}: it lies at {below[0]}, without its folder; `unrar x` keeps folders, `unrar e` does not"
+    if packed:
+        loop = 'for f in *.rar; do unrar x "$f" && rm "$f"; done'
+        return f"{error}: {packed[0]} is still packed; (cd {shlex.quote(str(packed[0].parent))} && {loop})"
+    folders = sorted({path.parent.name for path in missing if not path.parent.is_dir()})
+    if folders and len(missing) < total:
+        error += f", folders that are not there: {', '.join(folders)}"
+    return f"{error}\n{SOURCES[kind]}"
+
+
+def check(dataset: str, data: str | Path, splits: str | Path | None, fold: int, workers: int) -> int:
+    """Decode every video of both parts of a data set with `workers` processes; print what is there and what is broken.
+
+    `dataset` is "ucf101", "hmdb51" or "own", the other arguments are read_split's. Returns 0, or 1 where files are
+    broken. Raises ValueError where folders, lists or videos are missing or wrong; it says what to do about it.
+    """
+    if workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
+    data, splits = Path(data).expanduser(), Path(splits).expanduser() if splits else None
+    if dataset in LISTS:
+        if not data.is_dir():
+            raise ValueError(f"no folder {data}: --data must name the folder that holds the videos\n{SOURCES[dataset]}")
+        splits = _find_lists(dataset, data, splits)
+    train, test = (_listed(data, splits, fold, part) for part in (True, False))
+    paths = list(dict.fromkeys(train.paths + test.paths))
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(_explain_missing(dataset, data, missing, len(paths)))
+    test_part = "no test part" if test == train else f"{len(test.paths)} test videos"
+    print(f"{len(train.paths)} training videos, {test_part}, {len(train.classes)} classes", flush=True)
+    official = {"ucf101": 101, "hmdb51": 51}.get(dataset, len(train.classes))
+    if len(train.classes) != official:
+        task = ": are these of the detection task?" if len(train.classes) == 24 else ""
+        print(f"note: the official lists have {official} classes{task}")
+
+    begin, limit = time.monotonic(), lambda path: 60 + 60 * path.stat().st_size / 2**20  # seconds; decoders can hang
+    found = in_processes(_probe, paths, min(workers, len(paths)), limit)
+    found = dict(tqdm(found, "decoding", len(paths), unit="video"))
+    seconds = time.monotonic() - begin
+    problems = {path: found[path] if isinstance(found[path], str) else found[path].problem for path in paths}
+    problems = {path: problem for path, problem in problems.items() if problem}
+    for path, problem in problems.items():
+        print(f"broken: {path}: {problem}")
+    print(f"{len(paths)} videos decoded in {seconds:.0f} s with {workers} processes, {len(problems)} broken")
+    good = [found[path] for path in paths if path not in problems]
+    if good:
+        _describe(good, CHECKED[dataset])
+    where = ["--data", str(data), *(["--splits", str(splits)] if splits else []), *(["--fold", str(fold)] * (fold > 1))]
+    if problems:
+        print("next: unpack or download the broken files again; training leaves out what it cannot read")
+    print("next:", shlex.join(["python", "pretrain.py", *([dataset] if dataset in LISTS else []), *where]))
+    return int(bool(problems))
+
+
+def _describe(probes: list[Probe], stride: int) -> None:
+    counts = sorted(file.frames for file in probes)
+    print(f"frames: shortest {counts[0]}, median {counts[len(counts) // 2]}, longest {counts[-1]}")
+    table = lambda values: ", ".join(f"{value} ({n})" for value, n in Counter(values).most_common(5))
+    print(f"sizes, the most common (videos): {table('{}x{}'.format(*file.size) for file in probes)}")
+    print(f"frames a second, the most common (videos): {table(f'{file.rate:.4g}' for file in probes)}")
+    fewer = sum(file.frames < file.announced for file in probes)
+    if fewer:
+        print(f"{fewer} hold a little less than their headers announce, as XviD does; only what is there is counted")
+    short, tiny = sum(fitting_stride(n, 16, stride) < stride for n in counts), sum(n < 16 for n in counts)
+    rule = f": they get a smaller stride; {tiny} of them, with fewer than 16, repeat the last frame" if short else ""
+    print(f"{short} are too short for a clip of 16 frames, {stride} apart{rule}")
+
+
 # ------------------------------------------------------------------------------------------- the toy data set
 
 TOY = "datasets/toy"  # where it goes unless told otherwise
@@ -619,18 +860,18 @@ def main() -> None:
     toy.add_argument("--train", type=int, default=1200, help="training videos (default: %(default)s)")
     toy.add_argument("--test", type=int, default=600, help="test videos (default: %(default)s)")
     toy.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    count = commands.add_parser("count", help="what the lists of a data set hold, after checking that all files exist")
-    count.add_argument("--data", required=True, help="folder of the videos")
-    count.add_argument("--splits", help="folder of official split files, or a list of lines `path [label]`")
-    count.add_argument("--fold", type=int, default=1, help="official split, 1 to 3 (default: %(default)s)")
+    test = commands.add_parser("check", help="decode every video of a data set once; say what is missing or broken")
+    test.add_argument("dataset", choices=CHECKED, help="own: any folder of videos, or a list")
+    test.add_argument("--data", required=True, help="folder of the videos")
+    test.add_argument("--splits", help="folder of official split files, or a list of lines `path [label]`")
+    test.add_argument("--fold", type=int, default=1, help="official split, 1 to 3 (default: %(default)s)")
+    test.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores, %(default)s)")
     args = vars(parser.parse_args())
     try:
         if args.pop("command") == "toy":
             make_toy(**args)
         else:
-            train, test = read_split(**args), read_split(**args, train=False)
-            test_part = "no test part" if test == train else f"{len(test.paths)} test videos"
-            print(f"{len(train.paths)} training videos, {test_part}, {len(train.classes)} classes")
+            sys.exit(check(**args))
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -1,8 +1,9 @@
-"""Reconstruction figures in the paper's layout (Figures 10 and 11), animations, and loss curves.
+"""Reconstruction figures in the paper's layout (Figures 10 and 11), animations, loss curves, accuracy per class.
 
     python visualize.py --checkpoint runs/pretrain-toy/checkpoint.pt                     # toy videos
     python visualize.py --checkpoint CKPT --videos a.avi b.mp4 --ratios 0.75 0.9 0.95 --out figure.png --gif figure.gif
     python visualize.py --checkpoint CKPT --videos a.avi --mask random --stats oracle
+    python visualize.py --compare A.csv B.csv --out figure.png        # two predictions.csv: which classes gain and lose
 
 Time runs down; for each clip the original and, for every ratio, what the model saw and what it made of it (visible
 cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model.
@@ -12,7 +13,10 @@ takes these from the visible cubes around, so that nothing hidden is used. --sta
 as the official code does; the figure then says so and shows what an empty prediction looks like with that help.
 """
 
+import csv
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,9 +47,10 @@ class Config:
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "where the mean and contrast of a hidden cube come from")
     stride: int | None = opt(None, "frames from one frame of a clip to the next; None: as in pre-training", 1)
-    out: str | None = opt(None, "PNG to write; None: reconstruction.png beside the checkpoint")
+    out: str | None = opt(None, "PNG to write; None: reconstruction.png or comparison.png beside the input")
     gif: str | None = opt(None, "also write an animation to this GIF")
     seed: int = opt(0, "seed of the masks", 0)
+    compare: tuple[str, ...] | None = opt(None, "A.csv B.csv: instead, compare the predictions of two models by class")
 
 
 def load_model(path: str) -> tuple[VideoMAE, dict]:
@@ -176,21 +181,141 @@ def save_columns(images, rows, out: Path | None) -> Image.Image:
 
 
 def plot_log(log: Path, out: Path) -> None:
-    """Loss and learning rate against the step, from a log.jsonl."""
+    """Loss and learning rate against the step, from a log.jsonl; below, where lines hold it, top1 (%, validation)."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    points = [line for line in lines if "loss" in line]
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    axis.plot([p["step"] for p in points], [p["loss"] for p in points], label="training loss")
+    scores = [line for line in lines if "top1" in line]
+    panels = 2 if scores else 1
+    figure, axes = plt.subplots(panels, 1, figsize=(6, 3.5 * panels), sharex=True, squeeze=False)
+    axis, rate = axes[0, 0], axes[0, 0].twinx()
+    for target, key, style in (
+        (axis, "loss", dict(label="training loss")),
+        (rate, "lr", dict(color="tab:orange", linewidth=0.7)),
+    ):
+        points = [line for line in lines if key in line]
+        target.plot([p["step"] for p in points], [p[key] for p in points], **style)
     for line in lines:
         if "predict_nothing" in line:
             axis.axhline(line["predict_nothing"], color="grey", linestyle=":", label="predict nothing")
-    axis.set(xlabel="step", ylabel="loss", yscale="log")
-    rate = axis.twinx()
-    rate.plot([p["step"] for p in points], [p["lr"] for p in points], color="tab:orange", linewidth=0.7)
+    axis.set(ylabel="loss", yscale="log")
     rate.set_ylabel("learning rate", color="tab:orange")
     axis.legend()
+    if scores:
+        axes[1, 0].plot([p["step"] for p in scores], [p["top1"] for p in scores], marker=".", color="tab:green")
+        axes[1, 0].set_ylabel("validation top-1, %")
+    axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+PREDICTIONS = ("path", "label", "prediction", "correct", "top5", "probabilities")  # the columns of predictions.csv
+
+
+def read_predictions(path: str | Path) -> list[dict]:
+    """The rows of a predictions.csv, one a test video: path, label and prediction (class names) as text, correct, which
+    is label == prediction, and as lists top5 (class names, best first) and their probabilities (floats, 0 to 1).
+
+    Raises ValueError, with the file, where it is missing or no such table, or names a video twice.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file ({error})") from error
+    if not table or not set(PREDICTIONS) <= set(table[0]):
+        raise ValueError(f"{path} must hold the columns {', '.join(PREDICTIONS)} and at least one video")
+    rows = []
+    for number, row in enumerate(table, 1):
+        try:
+            probabilities, top5 = [float(p) for p in row["probabilities"].split(";")], row["top5"].split(";")
+        except (ValueError, AttributeError):  # a word that is no number; a row that ends early
+            probabilities, top5 = [], None
+        if top5 is None or len(probabilities) != len(top5):
+            raise ValueError(f"{path}: row {number}, {row['path']!r}: top5 and probabilities must be lists joined by ;")
+        correct = row["label"] == row["prediction"]
+        rows.append(dict(row, correct=correct, top5=top5, probabilities=probabilities))
+    name, times = Counter(row["path"] for row in rows).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path} holds {name!r} {times} times")
+    return rows
+
+
+def class_accuracy(rows: list[dict]) -> dict[str, tuple[float, int]]:
+    """Of read_predictions' rows: {class: (top-1 accuracy in %, number of videos)}."""
+    videos, hits = Counter(row["label"] for row in rows), Counter(row["label"] for row in rows if row["correct"])
+    return {name: (100 * hits[name] / number, number) for name, number in videos.items()}
+
+
+def _bars(axis, bars: list[tuple[str, float, str]], color: str) -> None:
+    """Horizontal bars (class, length, note behind it), the first one on top."""
+    drawn = axis.barh(range(len(bars)), [length for _, length, _ in bars], color=color)
+    axis.bar_label(drawn, [note for *_, note in bars], fontsize=5, padding=2, parse_math=False)
+    labels = [" ".join(name.split()) for name, *_ in bars]
+    axis.set_yticks(range(len(bars)), labels, fontsize=6, parse_math=False)  # a $ in a name is a $
+    axis.set_ylim(max(len(bars), 1) - 0.5, -0.5)
+    axis.tick_params(axis="x", labelsize=6)
+    axis.margins(x=0.15)
+
+
+def plot_classes(predictions_csv: str | Path, out_png: str | Path) -> None:
+    """Bar chart of each class's top-1 accuracy in %, best first; ValueError where read_predictions raises it."""
+    rows = read_predictions(predictions_csv)
+    scores = sorted(class_accuracy(rows).items(), key=lambda item: (-item[1][0], item[0]))
+    columns = math.ceil(len(scores) / 60)
+    length = math.ceil(len(scores) / columns)
+    width = 2.5 + 0.045 * max(len(name) for name, _ in scores)  # inches: the bars, and a name in 6-point letters
+    size = (columns * width, 0.13 * length + 1)
+    figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
+    for i, axis in enumerate(axes[0]):
+        part = scores[i * length : (i + 1) * length]
+        _bars(axis, [(name, score, f"{score:.0f} % of {number}") for name, (score, number) in part], "tab:blue")
+        axis.set_xlim(0, 125)
+        axis.set_xticks(range(0, 101, 25))
+    total, mean = 100 * sum(row["correct"] for row in rows) / len(rows), np.mean([score for _, (score, _) in scores])
+    title = f"top-1 {total:.2f} % of {len(rows)} videos\nmean of {len(scores)} classes {mean:.2f} %"
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(out_png, dpi=150)
+    plt.close(figure)
+
+
+def compare(path_a: str | Path, path_b: str | Path, out: str | Path, most: int = 20) -> None:
+    """Draw to `out`, and print, the classes where one model's top-1 accuracy beats the other's by most, each way.
+
+    Both are predictions.csv files; ValueError where they do not cover the same videos with the same labels.
+    """
+    rows = [read_predictions(path) for path in (path_a, path_b)]
+    labels_a, labels_b = ({row["path"]: row["label"] for row in part} for part in rows)
+    alone = sorted(labels_a.keys() ^ labels_b.keys())
+    if alone:
+        one = f"{len(alone)} are in one only, like {alone[0]!r}"
+        raise ValueError(f"{path_a} and {path_b} cover different videos: {one}")
+    other = sorted(name for name in labels_a if labels_a[name] != labels_b[name])
+    if other:
+        both = f"{labels_a[other[0]]!r} and {labels_b[other[0]]!r}"
+        raise ValueError(f"{path_a} and {path_b} label {len(other)} videos differently: {other[0]!r} is {both}")
+    a, b = map(class_accuracy, rows)
+    for path, part in zip((path_a, path_b), rows, strict=True):
+        print(f"{100 * sum(row['correct'] for row in part) / len(part):.2f} % of {len(part)} videos: {path}")
+    names = sorted(a, key=lambda name: (-abs(a[name][0] - b[name][0]), name))
+    sides = []
+    for better, worse, path in ((a, b, path_a), (b, a, path_b)):
+        gains = [(name, better[name][0] - worse[name][0]) for name in names if better[name][0] > worse[name][0]]
+        print(f"{len(gains)} of {len(a)} classes are better in {path}" + (", by most:" if gains else ""))
+        notes = [f"{better[name][0]:.0f} %, not {worse[name][0]:.0f} %, of {a[name][1]}" for name, _ in gains[:most]]
+        sides.append([(name, gain, note) for (name, gain), note in zip(gains, notes, strict=False)])
+        for name, gain, note in sides[-1]:
+            print(f"  {gain:+6.1f} points  {name}  ({note})")
+    longest = max(map(len, names))
+    size = (2 * (2.5 + 0.045 * longest), 0.13 * max(map(len, sides)) + 1)
+    figure, axes = plt.subplots(1, 2, figsize=size, sharex=True, layout="constrained")
+    for axis, side, path, color in zip(axes, sides, (path_a, path_b), ("tab:blue", "tab:red"), strict=True):
+        _bars(axis, side, color)
+        axis.set_title(f"better in {path}", fontsize=7, parse_math=False, wrap=True)
+        axis.set_xlabel("difference in top-1, points", fontsize=6)
+    axes[0].set_xlim(0, 1.6 * max((gain for side in sides for _, gain, _ in side), default=1))
+    figure.savefig(out, dpi=150)
     plt.close(figure)
 
 
@@ -210,11 +335,17 @@ def example_clips(model: VideoMAE, stage: dict, stride: int, count: int) -> list
 
 def main(argv: list[str]) -> None:
     _, cfg = engine.parse_config(Config, argv, __doc__)
-    model, stage = load_model(cfg.checkpoint)
-    out = Path(cfg.out or Path(cfg.checkpoint).with_name("reconstruction.png"))
+    if cfg.compare and len(cfg.compare) != 2:
+        raise ValueError(f"--compare needs two files, not {len(cfg.compare)}: {' '.join(cfg.compare)}")
+    beside = Path(cfg.compare[0]).with_name("comparison.png") if cfg.compare else None
+    out = Path(cfg.out or beside or Path(cfg.checkpoint).with_name("reconstruction.png"))
+    model, stage = (None, None) if cfg.compare else load_model(cfg.checkpoint)
     for path, suffix in ((out, ".png"), (Path(cfg.gif or "x.gif"), ".gif")):
         if path.suffix != suffix or not path.parent.is_dir():
             raise ValueError(f"{path} must be a {suffix} file in a folder that exists")
+    if cfg.compare:
+        compare(*cfg.compare, out)
+        return print(f"wrote {out}")
     if cfg.stats == "oracle" and not model.normalize:
         raise ValueError(f"{cfg.checkpoint} predicts pixels and needs no statistics: leave out --stats oracle")
     if model.target == "center" and cfg.mask != "tube":

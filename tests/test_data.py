@@ -355,17 +355,6 @@ def test_places_without_videos(tmp_path):
             read_split(*args)
 
 
-def test_count_command(tmp_path, monkeypatch, capsys):
-    ucf101(tmp_path)
-    monkeypatch.setattr("sys.argv", ["data.py", "count", "--data", str(tmp_path)])
-    data.main()
-    assert capsys.readouterr().out == "6 training videos, 2 test videos, 2 classes\n"
-    monkeypatch.setattr("sys.argv", ["data.py", "count", "--data", str(tmp_path), "--fold", "3"])
-    with pytest.raises(SystemExit) as stop:
-        data.main()
-    assert stop.value.code == 2 and "trainlist03.txt" in capsys.readouterr().err
-
-
 # order, data set, loader
 
 
