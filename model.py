@@ -30,6 +30,7 @@ SIZES = {
     "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=12, decoder_heads=8),
     "huge": dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=12, decoder_heads=8),
 }
+EPS = (1e-6, 1e-6)  # of all LayerNorms but the last one before a head, and of that one; Hugging Face's differ
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # paper Table 1f
 TARGETS = ("clip", "center", "double")  # paper Table 1c; see VideoMAE
 POSITIONS = ("1d", "3d")  # see position_table
@@ -105,6 +106,20 @@ def init_linears(module: nn.Module, init_weight) -> None:
                 nn.init.zeros_(part.bias)
 
 
+def widths(size: str | dict) -> dict:
+    """The entry of SIZES with this name; a dict of the same keys, for models of other sizes, is returned as it is."""
+    if not isinstance(size, dict) and size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown: use one of {', '.join(SIZES)}")
+    return size if isinstance(size, dict) else SIZES[size]
+
+
+def set_eps(model: nn.Module, eps: tuple[float, float]) -> None:
+    """Give a VideoMAE's or Classifier's LayerNorms their eps, see EPS."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps[name in ("decoder.norm", "fc_norm")]
+
+
 # ---------------------------------------------------------------------------------------- cubes and positions
 
 
@@ -154,13 +169,21 @@ def sincos(index: Tensor, dim: int, longest: float) -> Tensor:
     return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
 
 
-def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
+def position_table(grid: tuple, dim: int, kind: str, trained_grid: tuple | None = None) -> Tensor:
     """Fixed positions of the tokens, (N, D) float32.
 
     "1d", the official code: PE[n, j] = sin(n / 10000^(2*floor(j/2)/D)) for even j, cos of the same for odd j, over the
     flattened index n. "3d", ours: time, row and column each get a third of the width, the longest wave 100 cubes;
     narrow models learn it much sooner, since one flattened index hides from them which cubes are neighbours.
+
+    For weights trained on another grid, that grid's table is interpolated (trilinear, align_corners False), so that the
+    same place in the picture keeps its code. Computing "1d" anew, as the official code does, moves every code but those
+    of the first row, because the index of a row's start changes with the row's length.
     """
+    if trained_grid is not None and tuple(trained_grid) != tuple(grid):
+        t, h, w = trained_grid
+        table = rearrange(position_table(trained_grid, dim, kind), "(t h w) d -> 1 d t h w", t=t, h=h, w=w)
+        return rearrange(F.interpolate(table, size=tuple(grid), mode="trilinear"), "1 d t h w -> (t h w) d")
     t, h, w = grid
     n = torch.arange(t * h * w)
     if kind == "1d":
@@ -194,11 +217,13 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Cube embedding, fixed positions, ViT blocks, and a last LayerNorm unless `final_norm` is off.
 
-    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table. Drop path grows linearly with
-    depth, from 0 to `drop_path`.
+    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table, `trained_grid` the grid of the
+    weights to be loaded if not the own one. Drop path grows linearly with depth, from 0 to `drop_path`.
     """
 
-    def __init__(self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True):
+    def __init__(
+        self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True, trained_grid=None
+    ):
         super().__init__()
         self.video_size, self.cube, self.grid = tuple(video_size), tuple(cube), grid_of(video_size, cube)
         self.checkpointing = False  # set True to trade compute for memory
@@ -208,7 +233,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         init_linears(self.blocks, nn.init.xavier_uniform_)
-        self.register_buffer("positions", position_table(self.grid, dim, positions), persistent=False)
+        self.register_buffer("positions", position_table(self.grid, dim, positions, trained_grid), persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
 
@@ -245,7 +270,7 @@ class Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """Masked autoencoder: `loss, pred = model(video, mask)` (paper sections 3.1 and 3.3).
 
-    size           a name of SIZES
+    size           a name of SIZES, or a dict like its entries
     video_size     (T, H, W) of the clips the encoder sees, frames and pixels
     cube           (frames, rows, columns) of a token
     positions      kind of position_table: "1d" (official code) or "3d" (ours)
@@ -257,11 +282,12 @@ class VideoMAE(nn.Module):
                              the frames between as well
     normalize      predict cubes with zero mean and unit variance (the paper); False: pixels in 0-1
     loss           a name of LOSSES
+    eps            of the LayerNorms, see EPS
     """
 
     def __init__(
         self,
-        size: str = "base",
+        size: str | dict = "base",
         video_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
         positions: str = "1d",
@@ -269,16 +295,18 @@ class VideoMAE(nn.Module):
         target: str = "clip",
         normalize: bool = True,
         loss: str = "mse",
+        eps: tuple[float, float] = EPS,
     ):
         super().__init__()
-        known = {"size": SIZES, "positions": POSITIONS, "target": TARGETS, "loss": LOSSES}
-        for (name, allowed), value in zip(known.items(), (size, positions, target, loss), strict=True):
+        known = {"positions": POSITIONS, "target": TARGETS, "loss": LOSSES}
+        for (name, allowed), value in zip(known.items(), (positions, target, loss), strict=True):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
-        s = SIZES[size]
+        s = widths(size)
         depth = s["decoder_depth"] if decoder_depth is None else decoder_depth
         self.config = dict(size=size, video_size=list(video_size), cube=list(cube), positions=positions,
-                           decoder_depth=depth, target=target, normalize=normalize, loss=loss)  # fmt: skip
+                           decoder_depth=depth, target=target, normalize=normalize, loss=loss,
+                           eps=list(eps))  # fmt: skip
         self.target, self.normalize, self.loss = target, normalize, LOSSES[loss]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         frames = {"clip": cube[0], "center": 1, "double": 2 * cube[0]}[target]
@@ -289,6 +317,7 @@ class VideoMAE(nn.Module):
         self.decoder = Decoder(s["decoder_dim"], depth, s["decoder_heads"], frames * cube[1] * cube[2] * 3)
         table = position_table(self.encoder.grid, s["decoder_dim"], positions)
         self.register_buffer("positions", table, persistent=False)
+        set_eps(self, eps)
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W) and mask (B, N), True = masked -> the mean loss over the predicted cubes, float32,
@@ -334,11 +363,14 @@ class VideoMAE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The pre-trained encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (fine-tuning, Table 10)."""
+    """The pre-trained encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (fine-tuning, Table 10).
+
+    `trained_grid` is the grid of the pre-trained weights if not the own one, see position_table; `eps` see EPS.
+    """
 
     def __init__(
         self,
-        size: str,
+        size: str | dict,
         classes: int,
         video_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
@@ -346,18 +378,24 @@ class Classifier(nn.Module):
         drop_path: float = 0.0,
         head_dropout: float = 0.0,
         init_scale: float = 1e-3,
+        trained_grid: tuple[int, int, int] | None = None,
+        eps: tuple[float, float] = EPS,
     ):
         super().__init__()
-        s = SIZES[size]
+        s = widths(size)
         self.encoder = Encoder(
-            s["dim"], s["depth"], s["heads"], video_size, cube, positions, drop_path, final_norm=False
+            s["dim"], s["depth"], s["heads"], video_size, cube, positions, drop_path, False, trained_grid
         )
-        self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
+        self.config = dict(size=size, classes=classes, video_size=list(video_size), cube=list(cube),
+                           positions=positions, drop_path=drop_path, head_dropout=head_dropout, init_scale=init_scale,
+                           trained_grid=list(trained_grid or self.encoder.grid), eps=list(eps))  # fmt: skip
+        self.fc_norm = nn.LayerNorm(s["dim"])
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)
         for module in (self.encoder.blocks, self.head):
             init_linears(module, partial(nn.init.trunc_normal_, std=0.02))
         self.head.weight.data.mul_(init_scale)
+        set_eps(self, eps)
 
     def forward(self, video: Tensor) -> Tensor:
         """(B, T, C, H, W) -> logits (B, classes)."""
