@@ -1,7 +1,7 @@
 """VideoMAE (Tong et al., NeurIPS 2022): a video ViT that sees a few cubes of a clip and rebuilds the rest.
 
 Read from top to bottom: transformer parts, cubes and positions, the encoder (only visible cubes), VideoMAE (encoder,
-decoder, loss; sections 3.1 and 3.3), and the classifier of the fine-tuning stage.
+decoder, loss; sections 3.1 and 3.3), the classifier of the fine-tuning stage, and weights under other projects' names.
 
 Shapes, here and in every docstring:
     B  clips in the batch     T  frames     C  channels (3)     H, W  height and width, pixels
@@ -11,6 +11,7 @@ Shapes, here and in every docstring:
 A video is (B, T, C, H, W), uint8 0-255 or float 0-1. Parameter names are the official checkpoints' names.
 """
 
+import re
 from functools import partial
 
 import torch
@@ -400,3 +401,128 @@ class Classifier(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """(B, T, C, H, W) -> logits (B, classes)."""
         return self.head(self.dropout(self.fc_norm(self.encoder(video).mean(dim=1))))
+
+
+# ------------------------------------------------------------------------------------ weights from elsewhere
+
+
+# Other projects' names -> ours: patterns replaced in this order. Official pre-training and fine-tuning, MAE for images,
+# Hugging Face (its files have q_bias and v_bias, its modules since version 5 query.bias and value.bias).
+RENAMES = (
+    (r"^(module\.|_orig_mod\.|backbone\.)+", ""),  # wrappers
+    (r"^(videomae\.)?embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed."),
+    (r"^(videomae\.)?encoder\.layer\.", "encoder.blocks."),
+    (r"^(videomae\.)?layernorm\.", "encoder.norm."),
+    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.(query|value)\.bias$", lambda match: f".{match[1][0]}_bias"),
+    (r"^classifier\.", "head."),
+    (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
+    (r"\.patch_embed\.proj\.", ".patch_embed."),
+)
+
+
+def to_ours(state: dict[str, Tensor], frames: int = 2) -> dict[str, Tensor]:
+    """A state dict in any of the namings of RENAMES, or in ours, under our names and in our shapes; other keys stay.
+
+    The Conv3d kernel (D, C, p0, p1, p2) becomes (D, P). MAE's for images, (D, C, p1, p2), is inflated to `frames` equal
+    slices, 1/frames of it (I3D, paper section 4.2), so that a static clip is embedded like its image; MAE's decoder,
+    class token and positions fit nothing here. A bias of the keys is left out: it moves all logits of a query alike.
+    """
+    ours = {}
+    for name, value in state.items():
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        ours[name] = value
+    for name in list(ours):
+        attn = name.rpartition("attn.")[0] + "attn."
+        parts = [f"{attn}{part}.weight" for part in ("query", "key", "value")]
+        if name == parts[0] and all(part in ours for part in parts):
+            ours[f"{attn}qkv.weight"] = torch.cat([ours.pop(part) for part in parts])
+        elif name == f"{attn}qkv.bias":
+            ours[f"{attn}q_bias"], _, ours[f"{attn}v_bias"] = ours.pop(name).chunk(3)
+    kernel = ours.get("encoder.patch_embed.weight", torch.empty(0))
+    if kernel.ndim == 4:
+        ours.pop("mask_token", None)  # of MAE's own decoder
+        kernel = kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames
+    if kernel.ndim == 5:
+        ours["encoder.patch_embed.weight"] = rearrange(kernel, "d c p0 p1 p2 -> d (p0 p1 p2 c)")
+    return ours
+
+
+def to_official(model: VideoMAE | Classifier) -> dict[str, Tensor]:
+    """The weights under the official code's names and with its Conv3d, for others to load; to_ours is the inverse.
+
+    The official code computes the "1d" table of the grid at hand: ValueError where the model's positions are others.
+    """
+    (p0, p1, p2), grid = model.encoder.cube, list(model.encoder.grid)
+    if model.config["positions"] != "1d" or model.config.get("trained_grid", grid) != grid:
+        raise ValueError("the official code cannot use these weights: it has no 3d and no interpolated positions")
+    state = model.state_dict()
+    kernel = rearrange(state["encoder.patch_embed.weight"], "d (p0 p1 p2 c) -> d c p0 p1 p2", p0=p0, p1=p1, p2=p2)
+    state["encoder.patch_embed.weight"] = kernel.contiguous()
+    prefix = "encoder." if isinstance(model, Classifier) else ""
+    return {k.removeprefix(prefix).replace("patch_embed.", "patch_embed.proj."): value for k, value in state.items()}
+
+
+def infer_config(state: dict[str, Tensor]) -> dict:
+    """The arguments of VideoMAE or Classifier that the shapes of a state dict in any known naming show.
+
+    Heads are not among them and come from SIZES; neither is the size of the clips.
+    """
+    ours = to_ours(state)
+    if "encoder.patch_embed.weight" not in ours:
+        raise ValueError(f"no cube embedding in these weights ({', '.join(list(state)[:3])} ...): not a VideoMAE")
+    blocks = {tuple(name.split(".")[:3]) for name in ours if ".blocks." in name}
+    depth, decoder_depth = (sum(block[0] == part for block in blocks) for part in ("encoder", "decoder"))
+    dim = len(ours["encoder.patch_embed.weight"])
+    sizes = [name for name, s in SIZES.items() if (s["dim"], s["depth"]) == (dim, depth)]
+    if not sizes:
+        raise ValueError(f"weights {dim} wide and {depth} blocks deep fit no entry of SIZES in model.py: add one")
+    config = {"size": sizes[0]} | ({"decoder_depth": decoder_depth} if decoder_depth else {})
+    for kernel in state.values():
+        if kernel.ndim in (4, 5):  # the only such tensor; one for images gets two frames
+            config["cube"] = [2, *kernel.shape[2:]][-3:]
+    return config | ({"classes": len(ours["head.weight"])} if "head.weight" in ours else {})
+
+
+def load_weights(model: VideoMAE | Classifier, state: dict[str, Tensor], least: float = 0.95) -> str:
+    """Copy into a model what fits it by name and shape of a state dict in our names (see to_ours); returns a report.
+
+    ValueError below a share `least` of the encoder's tensors, and of the decoder's where both have one, or where one of
+    these has another shape; 0 allows all. The rest may stay new, such as a classifier's fc_norm and head: the
+    pre-trained last norm is not used for it (official code).
+    """
+    own = model.state_dict()
+    parts = ("encoder.", "decoder.") if any(name.startswith("decoder.") for name in state) else "encoder."
+    groups = {"matched": [], "missing": [], "new": [], "unexpected": [name for name in state if name not in own]}
+    for name, value in own.items():
+        kind = "missing" if name.startswith(parts) else "new"
+        if name not in state:
+            groups[kind].append(name)
+        elif state[name].shape != value.shape:
+            groups[kind].append(f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}")
+        else:
+            groups["matched"].append(name)
+    report = "; ".join(f"{len(names)} {kind}" + f": {listed(names)}" * bool(names) for kind, names in groups.items())
+    needed = sum(name.startswith(parts) for name in own)
+    share, misfit = 1 - len(groups["missing"]) / needed, any(" instead of " in name for name in groups["missing"])
+    if share < least or misfit and least > 0:
+        raise ValueError(
+            f"{share:.0%} of the {needed} tensors needed fit; {least:.0%} must, none may have another shape: take the "
+            f"size, cube and decoder depth of the weights, or accept the rest as new. {report}"
+        )
+    model.load_state_dict({name: state[name] for name in groups["matched"]}, strict=False)
+    return report
+
+
+def listed(names: list[str]) -> str:
+    """Names in a line: all if they are few, else the blocks of a stack counted."""
+    short = [re.sub(r"blocks\.\d+\..*", "blocks.*", name) for name in names]
+    counted = (f"{short.count(name)} {name}" if name.endswith("*") else name for name in dict.fromkeys(short))
+    return ", ".join(names if len(names) <= 8 else counted)
