@@ -1,7 +1,7 @@
 """VideoMAE (Tong et al., NeurIPS 2022): a video ViT that sees a few cubes of a clip and rebuilds the rest.
 
 Read from top to bottom: transformer parts, cubes and positions, the encoder (only visible cubes), VideoMAE (encoder,
-decoder, loss; sections 3.1 and 3.3), and the classifier of the fine-tuning stage.
+decoder, loss; sections 3.1 and 3.3), the classifier of the fine-tuning stage, and weights under other projects' names.
 
 Shapes, here and in every docstring:
     B  clips in the batch     T  frames     C  channels (3)     H, W  height and width, pixels
@@ -11,6 +11,7 @@ Shapes, here and in every docstring:
 A video is (B, T, C, H, W), uint8 0-255 or float 0-1. Parameter names are the official checkpoints' names.
 """
 
+import re
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ SIZES = {
     "large": dict(dim=1024, depth=24, heads=16, decoder_dim=512, decoder_depth=12, decoder_heads=8),
     "huge": dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=12, decoder_heads=8),
 }
+EPS = (1e-6, 1e-6)  # of all LayerNorms but the last one before a head, and of that one; Hugging Face's differ
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # paper Table 1f
 TARGETS = ("clip", "center", "double")  # paper Table 1c; see VideoMAE
 POSITIONS = ("1d", "3d")  # see position_table
@@ -105,6 +107,20 @@ def init_linears(module: nn.Module, init_weight) -> None:
                 nn.init.zeros_(part.bias)
 
 
+def widths(size: str | dict) -> dict:
+    """The entry of SIZES with this name; a dict of the same keys, for models of other sizes, is returned as it is."""
+    if not isinstance(size, dict) and size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown: use one of {', '.join(SIZES)}")
+    return size if isinstance(size, dict) else SIZES[size]
+
+
+def set_eps(model: nn.Module, eps: tuple[float, float]) -> None:
+    """Give a VideoMAE's or Classifier's LayerNorms their eps, see EPS."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps[name in ("decoder.norm", "fc_norm")]
+
+
 # ---------------------------------------------------------------------------------------- cubes and positions
 
 
@@ -154,13 +170,21 @@ def sincos(index: Tensor, dim: int, longest: float) -> Tensor:
     return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
 
 
-def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
+def position_table(grid: tuple, dim: int, kind: str, trained_grid: tuple | None = None) -> Tensor:
     """Fixed positions of the tokens, (N, D) float32.
 
     "1d", the official code: PE[n, j] = sin(n / 10000^(2*floor(j/2)/D)) for even j, cos of the same for odd j, over the
     flattened index n. "3d", ours: time, row and column each get a third of the width, the longest wave 100 cubes;
     narrow models learn it much sooner, since one flattened index hides from them which cubes are neighbours.
+
+    For weights trained on another grid, that grid's table is interpolated (trilinear, align_corners False), so that the
+    same place in the picture keeps its code. Computing "1d" anew, as the official code does, moves every code but those
+    of the first row, because the index of a row's start changes with the row's length.
     """
+    if trained_grid is not None and tuple(trained_grid) != tuple(grid):
+        t, h, w = trained_grid
+        table = rearrange(position_table(trained_grid, dim, kind), "(t h w) d -> 1 d t h w", t=t, h=h, w=w)
+        return rearrange(F.interpolate(table, size=tuple(grid), mode="trilinear"), "1 d t h w -> (t h w) d")
     t, h, w = grid
     n = torch.arange(t * h * w)
     if kind == "1d":
@@ -194,11 +218,13 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Cube embedding, fixed positions, ViT blocks, and a last LayerNorm unless `final_norm` is off.
 
-    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table. Drop path grows linearly with
-    depth, from 0 to `drop_path`.
+    `video_size` is (T, H, W) in frames and pixels, `positions` a kind of position_table, `trained_grid` the grid of the
+    weights to be loaded if not the own one. Drop path grows linearly with depth, from 0 to `drop_path`.
     """
 
-    def __init__(self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True):
+    def __init__(
+        self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True, trained_grid=None
+    ):
         super().__init__()
         self.video_size, self.cube, self.grid = tuple(video_size), tuple(cube), grid_of(video_size, cube)
         self.checkpointing = False  # set True to trade compute for memory
@@ -208,7 +234,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         init_linears(self.blocks, nn.init.xavier_uniform_)
-        self.register_buffer("positions", position_table(self.grid, dim, positions), persistent=False)
+        self.register_buffer("positions", position_table(self.grid, dim, positions, trained_grid), persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
 
@@ -245,7 +271,7 @@ class Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """Masked autoencoder: `loss, pred = model(video, mask)` (paper sections 3.1 and 3.3).
 
-    size           a name of SIZES
+    size           a name of SIZES, or a dict like its entries
     video_size     (T, H, W) of the clips the encoder sees, frames and pixels
     cube           (frames, rows, columns) of a token
     positions      kind of position_table: "1d" (official code) or "3d" (ours)
@@ -257,11 +283,12 @@ class VideoMAE(nn.Module):
                              the frames between as well
     normalize      predict cubes with zero mean and unit variance (the paper); False: pixels in 0-1
     loss           a name of LOSSES
+    eps            of the LayerNorms, see EPS
     """
 
     def __init__(
         self,
-        size: str = "base",
+        size: str | dict = "base",
         video_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
         positions: str = "1d",
@@ -269,16 +296,18 @@ class VideoMAE(nn.Module):
         target: str = "clip",
         normalize: bool = True,
         loss: str = "mse",
+        eps: tuple[float, float] = EPS,
     ):
         super().__init__()
-        known = {"size": SIZES, "positions": POSITIONS, "target": TARGETS, "loss": LOSSES}
-        for (name, allowed), value in zip(known.items(), (size, positions, target, loss), strict=True):
+        known = {"positions": POSITIONS, "target": TARGETS, "loss": LOSSES}
+        for (name, allowed), value in zip(known.items(), (positions, target, loss), strict=True):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
-        s = SIZES[size]
+        s = widths(size)
         depth = s["decoder_depth"] if decoder_depth is None else decoder_depth
         self.config = dict(size=size, video_size=list(video_size), cube=list(cube), positions=positions,
-                           decoder_depth=depth, target=target, normalize=normalize, loss=loss)  # fmt: skip
+                           decoder_depth=depth, target=target, normalize=normalize, loss=loss,
+                           eps=list(eps))  # fmt: skip
         self.target, self.normalize, self.loss = target, normalize, LOSSES[loss]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         frames = {"clip": cube[0], "center": 1, "double": 2 * cube[0]}[target]
@@ -289,6 +318,7 @@ class VideoMAE(nn.Module):
         self.decoder = Decoder(s["decoder_dim"], depth, s["decoder_heads"], frames * cube[1] * cube[2] * 3)
         table = position_table(self.encoder.grid, s["decoder_dim"], positions)
         self.register_buffer("positions", table, persistent=False)
+        set_eps(self, eps)
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W) and mask (B, N), True = masked -> the mean loss over the predicted cubes, float32,
@@ -334,11 +364,14 @@ class VideoMAE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The pre-trained encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (fine-tuning, Table 10)."""
+    """The pre-trained encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (fine-tuning, Table 10).
+
+    `trained_grid` is the grid of the pre-trained weights if not the own one, see position_table; `eps` see EPS.
+    """
 
     def __init__(
         self,
-        size: str,
+        size: str | dict,
         classes: int,
         video_size: tuple[int, int, int] = (16, 224, 224),
         cube: tuple[int, int, int] = (2, 16, 16),
@@ -346,19 +379,150 @@ class Classifier(nn.Module):
         drop_path: float = 0.0,
         head_dropout: float = 0.0,
         init_scale: float = 1e-3,
+        trained_grid: tuple[int, int, int] | None = None,
+        eps: tuple[float, float] = EPS,
     ):
         super().__init__()
-        s = SIZES[size]
+        s = widths(size)
         self.encoder = Encoder(
-            s["dim"], s["depth"], s["heads"], video_size, cube, positions, drop_path, final_norm=False
+            s["dim"], s["depth"], s["heads"], video_size, cube, positions, drop_path, False, trained_grid
         )
-        self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
+        self.config = dict(size=size, classes=classes, video_size=list(video_size), cube=list(cube),
+                           positions=positions, drop_path=drop_path, head_dropout=head_dropout, init_scale=init_scale,
+                           trained_grid=list(trained_grid or self.encoder.grid), eps=list(eps))  # fmt: skip
+        self.fc_norm = nn.LayerNorm(s["dim"])
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)
         for module in (self.encoder.blocks, self.head):
             init_linears(module, partial(nn.init.trunc_normal_, std=0.02))
         self.head.weight.data.mul_(init_scale)
+        set_eps(self, eps)
 
     def forward(self, video: Tensor) -> Tensor:
         """(B, T, C, H, W) -> logits (B, classes)."""
         return self.head(self.dropout(self.fc_norm(self.encoder(video).mean(dim=1))))
+
+
+# ------------------------------------------------------------------------------------ weights from elsewhere
+
+
+# Other projects' names -> ours: patterns replaced in this order. Official pre-training and fine-tuning, MAE for images,
+# Hugging Face (its files have q_bias and v_bias, its modules since version 5 query.bias and value.bias).
+RENAMES = (
+    (r"^(module\.|_orig_mod\.|backbone\.)+", ""),  # wrappers
+    (r"^(videomae\.)?embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed."),
+    (r"^(videomae\.)?encoder\.layer\.", "encoder.blocks."),
+    (r"^(videomae\.)?layernorm\.", "encoder.norm."),
+    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.(query|value)\.bias$", lambda match: f".{match[1][0]}_bias"),
+    (r"^classifier\.", "head."),
+    (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
+    (r"\.patch_embed\.proj\.", ".patch_embed."),
+)
+
+
+def to_ours(state: dict[str, Tensor], frames: int = 2) -> dict[str, Tensor]:
+    """A state dict in any of the namings of RENAMES, or in ours, under our names and in our shapes; other keys stay.
+
+    The Conv3d kernel (D, C, p0, p1, p2) becomes (D, P). MAE's for images, (D, C, p1, p2), is inflated to `frames` equal
+    slices, 1/frames of it (I3D, paper section 4.2), so that a static clip is embedded like its image; MAE's decoder,
+    class token and positions fit nothing here. A bias of the keys is left out: it moves all logits of a query alike.
+    """
+    ours = {}
+    for name, value in state.items():
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        ours[name] = value
+    for name in list(ours):
+        attn = name.rpartition("attn.")[0] + "attn."
+        parts = [f"{attn}{part}.weight" for part in ("query", "key", "value")]
+        if name == parts[0] and all(part in ours for part in parts):
+            ours[f"{attn}qkv.weight"] = torch.cat([ours.pop(part) for part in parts])
+        elif name == f"{attn}qkv.bias":
+            ours[f"{attn}q_bias"], _, ours[f"{attn}v_bias"] = ours.pop(name).chunk(3)
+    kernel = ours.get("encoder.patch_embed.weight", torch.empty(0))
+    if kernel.ndim == 4:
+        ours.pop("mask_token", None)  # of MAE's own decoder
+        kernel = kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames
+    if kernel.ndim == 5:
+        ours["encoder.patch_embed.weight"] = rearrange(kernel, "d c p0 p1 p2 -> d (p0 p1 p2 c)")
+    return ours
+
+
+def to_official(model: VideoMAE | Classifier) -> dict[str, Tensor]:
+    """The weights under the official code's names and with its Conv3d, for others to load; to_ours is the inverse.
+
+    The official code computes the "1d" table of the grid at hand: ValueError where the model's positions are others.
+    """
+    (p0, p1, p2), grid = model.encoder.cube, list(model.encoder.grid)
+    if model.config["positions"] != "1d" or model.config.get("trained_grid", grid) != grid:
+        raise ValueError("the official code cannot use these weights: it has no 3d and no interpolated positions")
+    state = model.state_dict()
+    kernel = rearrange(state["encoder.patch_embed.weight"], "d (p0 p1 p2 c) -> d c p0 p1 p2", p0=p0, p1=p1, p2=p2)
+    state["encoder.patch_embed.weight"] = kernel.contiguous()
+    prefix = "encoder." if isinstance(model, Classifier) else ""
+    return {k.removeprefix(prefix).replace("patch_embed.", "patch_embed.proj."): value for k, value in state.items()}
+
+
+def infer_config(state: dict[str, Tensor]) -> dict:
+    """The arguments of VideoMAE or Classifier that the shapes of a state dict in any known naming show.
+
+    Heads are not among them and come from SIZES; neither is the size of the clips.
+    """
+    ours = to_ours(state)
+    if "encoder.patch_embed.weight" not in ours:
+        raise ValueError(f"no cube embedding in these weights ({', '.join(list(state)[:3])} ...): not a VideoMAE")
+    blocks = {tuple(name.split(".")[:3]) for name in ours if ".blocks." in name}
+    depth, decoder_depth = (sum(block[0] == part for block in blocks) for part in ("encoder", "decoder"))
+    dim = len(ours["encoder.patch_embed.weight"])
+    sizes = [name for name, s in SIZES.items() if (s["dim"], s["depth"]) == (dim, depth)]
+    if not sizes:
+        raise ValueError(f"weights {dim} wide and {depth} blocks deep fit no entry of SIZES in model.py: add one")
+    config = {"size": sizes[0]} | ({"decoder_depth": decoder_depth} if decoder_depth else {})
+    for kernel in state.values():
+        if kernel.ndim in (4, 5):  # the only such tensor; one for images gets two frames
+            config["cube"] = [2, *kernel.shape[2:]][-3:]
+    return config | ({"classes": len(ours["head.weight"])} if "head.weight" in ours else {})
+
+
+def load_weights(model: VideoMAE | Classifier, state: dict[str, Tensor], least: float = 0.95) -> str:
+    """Copy into a model what fits it by name and shape of a state dict in our names (see to_ours); returns a report.
+
+    ValueError below a share `least` of the encoder's tensors, and of the decoder's where both have one, or where one of
+    these has another shape; 0 allows all. The rest may stay new, such as a classifier's fc_norm and head: the
+    pre-trained last norm is not used for it (official code).
+    """
+    own = model.state_dict()
+    parts = ("encoder.", "decoder.") if any(name.startswith("decoder.") for name in state) else "encoder."
+    groups = {"matched": [], "missing": [], "new": [], "unexpected": [name for name in state if name not in own]}
+    for name, value in own.items():
+        kind = "missing" if name.startswith(parts) else "new"
+        if name not in state:
+            groups[kind].append(name)
+        elif state[name].shape != value.shape:
+            groups[kind].append(f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}")
+        else:
+            groups["matched"].append(name)
+    report = "; ".join(f"{len(names)} {kind}" + f": {listed(names)}" * bool(names) for kind, names in groups.items())
+    needed = sum(name.startswith(parts) for name in own)
+    share, misfit = 1 - len(groups["missing"]) / needed, any(" instead of " in name for name in groups["missing"])
+    if share < least or misfit and least > 0:
+        raise ValueError(
+            f"{share:.0%} of the {needed} tensors needed fit; {least:.0%} must, none may have another shape: take the "
+            f"size, cube and decoder depth of the weights, or accept the rest as new. {report}"
+        )
+    model.load_state_dict({name: state[name] for name in groups["matched"]}, strict=False)
+    return report
+
+
+def listed(names: list[str]) -> str:
+    """Names in a line: all if they are few, else the blocks of a stack counted."""
+    short = [re.sub(r"blocks\.\d+\..*", "blocks.*", name) for name in names]
+    counted = (f"{short.count(name)} {name}" if name.endswith("*") else name for name in dict.fromkeys(short))
+    return ", ".join(names if len(names) <= 8 else counted)
