@@ -177,7 +177,7 @@ def uniform_clip(total: int, frames: int, stride: int = 0) -> list[int]:
 
 
 def dense_views(total: int, frames: int, stride: int, clips: int) -> list[list[int]]:
-    """Test clips, evenly spread over the video: of its frames 0, stride, 2*stride ... each clip takes `frames` in a row.
+    """Test clips, evenly spread: of the frames 0, stride, 2*stride ... of the video, each takes `frames` in a row.
 
     As in the official code, except for short videos, which follow sample_clip's rule; no randomness.
     """
@@ -189,7 +189,7 @@ def dense_views(total: int, frames: int, stride: int, clips: int) -> list[list[i
 
 
 def uniform_views(total: int, frames: int, stride: int, clips: int) -> list[list[int]]:
-    """Test clips of TSN sampling: clip k has frames floor((i + k/clips) * total/frames), i = 0, 1 ... (2 in the paper)."""
+    """Test clips of TSN sampling: clip k has frames floor((i + k/clips) * total/frames), i = 0, 1 ... (paper: 2)."""
     return [[int((i + k / clips) * total / frames) for i in range(frames)] for k in range(clips)]
 
 

@@ -111,7 +111,10 @@ def param_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float
     for name, parameter in model.named_parameters():
         block = re.match(r"encoder\.blocks\.(\d+)", name)
         layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.patch_embed") else last
-        key = (0.0 if parameter.ndim == 1 or name.endswith("mask_token") else weight_decay, layer_decay ** (last - layer))
+        key = (
+            0.0 if parameter.ndim == 1 or name.endswith("mask_token") else weight_decay,
+            layer_decay ** (last - layer),
+        )
         groups.setdefault(key, []).append(parameter)
     return [dict(params=groups[key], weight_decay=key[0], scale=key[1]) for key in sorted(groups, reverse=True)]
 

@@ -1,14 +1,138 @@
-"""Fine-tuning: for now, reading the weights it starts from."""
+"""Fine-tune the pre-trained encoder to recognise actions, and evaluate it (paper section 4.1 and Table 10).
+
+    python finetune.py                                             # toy data, from runs/pretrain-toy, 2 CPU cores
+    python finetune.py --init none --name scratch                  # the same without pre-training
+    python finetune.py ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist --init CKPT --micro 8       # one GPU
+    torchrun --nproc_per_node 8 finetune.py ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist
+    python finetune.py ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist --eval-only
+    python finetune.py ucf101 --predict a.avi b.mp4                # top 5 classes of any videos
+
+CKPT is a checkpoint of pretrain.py, an official .pth, or a Hugging Face folder. Leaves runs/NAME/ with checkpoint.pt,
+log.jsonl, loss.png, predictions.csv (one line per test video) and classes.png (accuracy of every class).
+"""
 
 import argparse
+import contextlib
+import csv
 import json
+import math
 import re
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
 
-from model import SIZES, infer_config
+import engine
+import visualize
+from data import (
+    SAMPLING,
+    TOY,
+    Order,
+    Split,
+    Videos,
+    Views,
+    derive_seed,
+    finetune_transform,
+    make_loader,
+    make_toy,
+    read_split,
+)
+from engine import opt
+from model import EPS, POSITIONS, SIZES, Classifier, grid_of, infer_config, load_weights, to_ours, unit_range
+
+
+@dataclass
+class Config:
+    # data
+    data: str | None = opt(None, "folder of the videos")
+    splits: str | None = opt(None, "folder of official split files, or a list of lines `path label`")
+    test_data: str | None = opt(None, "folder of the test videos; None: as --data")
+    test_splits: str | None = opt(None, "list of the test videos, lines `path label`; None: as --splits")
+    fold: int = opt(1, "official split, 1 to 3", 1)
+    shots: int | None = opt(None, "labelled training videos per class, drawn by the seed; None: all", 1)
+    frames: int = opt(16, "frames of a clip", 1)
+    stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
+    sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
+    resolution: int = opt(224, "height and width of a clip, pixels", 1)
+    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
+    # augmentation
+    repeats: int = opt(2, "augmentations of each decoded clip; multiplies a step's clips, not its learning rate", 1)
+    operations: int = opt(4, "RandAugment operations drawn for a clip, each applied half of the time", 0)
+    magnitude: float = opt(7, "RandAugment magnitude, 0 to 10", 0)
+    smallest: float = opt(0.08, "smallest area of the random crop, as a share of the frame", 0)
+    flip: bool = opt(True, "mirror every other clip; not where left and right are classes")
+    erase: float = opt(0.25, "probability that a rectangle is erased", 0)
+    mixup: float = opt(0.8, "alpha of mixup, which takes turns with cutmix; 0: none", 0)
+    cutmix: float = opt(1.0, "alpha of cutmix; 0: none", 0)
+    smoothing: float = opt(0.1, "label smoothing", 0)
+    # model
+    init: str | None = opt(None, "checkpoint to start from, or none; None: runs/pretrain-PRESET/checkpoint.pt")
+    least: float = opt(0.95, "smallest share of the encoder's weights that --init must hold", 0)
+    size: Literal[tuple(SIZES)] = opt("base", "width and depth with --init none, else the checkpoint's")
+    cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a token with --init none")
+    positions: Literal[POSITIONS] = opt("1d", "fixed positions with --init none: 1d as the official code, 3d ours")
+    drop_path: float = opt(0.1, "rate at which a clip skips the last block; grows linearly with depth", 0)
+    head_dropout: float = opt(0.0, "dropout before the head", 0)
+    init_scale: float = opt(1e-3, "factor on the head's first weights", 0)
+    # optimisation
+    epochs: int = opt(75, "passes over the training videos", 1)
+    batch: int = opt(512, "effective batch: videos per optimiser step, over all GPUs and accumulation passes", 1)
+    micro: int | None = opt(None, "videos per GPU and forward pass; None: the GPU's whole share", 1)
+    base_lr: float = opt(1e-3, "learning rate at batch 256; the peak is base_lr * batch / 256")
+    min_lr: float = opt(1e-6, "last learning rate, scaled like base_lr")
+    warmup: float = opt(5, "epochs of linear warm-up", 0)
+    weight_decay: float = opt(0.05, "AdamW's; none on biases and norms")
+    layer_decay: float = opt(0.75, "learning rate of each block, as a share of the next one's", 0)
+    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products; auto: bf16 if in hardware")
+    seed: int = opt(0, "the only source of randomness: order, crops, dropout, weights", 0)
+    # evaluation
+    clips: int = opt(5, "test clips of a video", 1)
+    crops: int = opt(3, "test crops of a clip", 1)
+    validate: int = opt(0, "epochs between looks at the test videos, one view each, for the curve alone; 0: never", 0)
+    eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init if that is given")
+    predict: tuple[str, ...] | None = opt(None, "print the top 5 classes of these videos, with the same checkpoint")
+    # run
+    name: str | None = opt(None, "results go to runs/NAME; None: finetune-PRESET")
+    resume: bool = opt(False, "continue runs/NAME")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
+    compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
+    checkpointing: bool = opt(False, "compute activations twice: less memory, more time")
+    log_every: int = opt(10, "steps from one line of log.jsonl to the next", 1)
+    save_minutes: float = opt(10, "minutes from one checkpoint and loss curve to the next")
+
+
+MAY_CHANGE = set(
+    "data splits test_data test_splits workers micro init least clips crops validate eval_only predict name "
+    "resume device compile checkpointing save_minutes".split()
+)  # on resume
+
+# Table 10 and Appendix B of the paper, for the base model; warm-up, min_lr and head dropout of ucf101 from the official
+# script, of hmdb51 as ucf101, since nothing is published. Other sizes, as in Table 10 or the scripts: small: layer
+# decay .7, ssv2 base lr 1e-3, k400 150 epochs; large: drop path .2, head dropout .5, k400 50, ssv2 30 epochs.
+PRESETS = {
+    "toy": dict(data=TOY, frames=8, stride=2, resolution=64, workers=0, size="toy", cube=(2, 8, 8), positions="3d",
+                clips=2, crops=1, save_minutes=1),  # ours
+    "ucf101": dict(stride=4, epochs=100, batch=128, base_lr=5e-4, min_lr=1e-5, drop_path=0.2, head_dropout=0.5,
+                   layer_decay=0.7, clips=5),
+    "hmdb51": dict(stride=2, epochs=50, batch=128, base_lr=1e-3, min_lr=1e-5, drop_path=0.2, head_dropout=0.5,
+                   layer_decay=0.7, clips=10),
+    "ssv2": dict(sampling="uniform", epochs=40, batch=512, base_lr=5e-4, flip=False, clips=2),
+    "k400": dict(stride=4, epochs=75, batch=512, base_lr=1e-3, clips=5),
+}  # fmt: skip
+
 
 # Our arguments of a size -> Hugging Face's; and what a config.json means that leaves something out.
 HF_SIZE = dict(dim="hidden_size", depth="num_hidden_layers", heads="num_attention_heads",
@@ -24,8 +148,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Weights under the names they have in a file or Hugging Face folder, and the arguments of their model.
 
     Files: ours; official .pth with the weights under "model", under "module" or bare; .safetensors. Arguments are those
-    of VideoMAE or Classifier, of files without any those that the shapes show; Hugging Face's classifiers add "labels",
-    the names of the classes. Nothing is executed: weights_only, and argparse.Namespace, which official files contain.
+    of VideoMAE or Classifier, of files without any those that the shapes show; of classifiers also "labels", the names
+    of the classes, where they are known. Nothing is executed: weights_only, and argparse.Namespace, which official
+    files contain.
     """
     path, content, config = Path(path), {}, None
     if not path.exists():
@@ -53,7 +178,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not state:
         raise ValueError(f"{path} holds no weights")
     if "stage" in content:
-        return state, content["config"]["model"]
+        return state, content["config"]["model"] | {"labels": content["config"].get("classes")}
     return state, hf_arguments(config, state) if config else infer_config(state)
 
 
@@ -89,3 +214,278 @@ def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
         return dict(arguments, decoder_depth=size["decoder_depth"], normalize=config["norm_pix_loss"])
     names, classes = config["id2label"], len(state["classifier.weight"])
     return dict(arguments, classes=classes, labels=[names.get(str(i), f"class {i}") for i in range(classes)])
+
+
+def read_parts(cfg: Config) -> tuple[Split, Split]:
+    """The labelled training and test videos; ValueError where labels or a test part are missing or do not fit."""
+    train = read_split(cfg.data, cfg.splits, cfg.fold)
+    test = read_split(cfg.test_data or cfg.data, cfg.test_splits or cfg.splits, cfg.fold, train=False)
+    if test == train:
+        raise ValueError(f"{cfg.splits or cfg.data} has no test part: name one with --test-splits or --test-data")
+    if shared := set(train.paths) & set(test.paths):
+        raise ValueError(f"{len(shared)} videos are both training and test videos, for example {min(shared)}")
+    classes = max(train.classes, test.classes, key=len)
+    for part, split in (("training", train), ("test", test)):
+        if min(split.labels) < 0:
+            raise ValueError(f"no label for the {part} video {split.paths[split.labels.index(min(split.labels))]}")
+        if split.classes != classes[: len(split.classes)]:
+            raise ValueError(f"the {part} videos have other classes: {', '.join(set(split.classes) ^ set(classes))}")
+    return Split(train.paths, train.labels, classes), Split(test.paths, test.labels, classes)
+
+
+def draw_shots(split: Split, shots: int, seed: int) -> Split:
+    """`shots` videos of each class, drawn by the seed; ValueError where a class has fewer."""
+    order = torch.randperm(len(split.paths), generator=torch.Generator().manual_seed(derive_seed(6, seed))).tolist()
+    chosen = []
+    for label, name in enumerate(split.classes):
+        mine = [i for i in order if split.labels[i] == label][:shots]
+        if len(mine) < shots:
+            raise ValueError(f"--shots {shots}, but class {name} has {len(mine)} training videos")
+        chosen += mine
+    return Split([split.paths[i] for i in chosen], [split.labels[i] for i in chosen], split.classes)
+
+
+def make_mixer(classes: int, mixup: float, cutmix: float):
+    """Mixup and cutmix in turns: (videos (B, T, C, H, W) float, labels (B,)) -> (videos, targets (B, classes)).
+
+    Each clip is mixed with the one before it in the batch; one mixing weight a batch. Draws from torch's generator.
+    """
+    kinds = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    return v2.RandomChoice(kinds or [v2.Lambda(lambda x: x)])
+
+
+@torch.no_grad()
+def score_videos(model, views: Views, device, dtype, rank: int = 0, processes: int = 1, workers: int = 0):
+    """Softmax scores of every video: (mean over its views (videos, classes), best class of each view (videos, K)).
+
+    Every process takes every n-th video, each video once whatever the number of processes, and each gets all scores.
+    """
+    model.eval()
+    mine = Subset(views, range(rank, len(views), processes))
+    loader = DataLoader(mine, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    scores = {}
+    for index, clips in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or len(views) == 1):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(clips.to(device, non_blocking=True))
+        probabilities = logits.float().softmax(dim=1)
+        scores[index] = (probabilities.mean(dim=0).cpu(), probabilities.argmax(dim=1).cpu())
+    model.train()
+    if processes > 1:
+        parts = [None] * processes
+        dist.all_gather_object(parts, scores)
+        scores = {index: score for part in parts for index, score in part.items()}
+    return tuple(torch.stack(column) for column in zip(*(scores[i] for i in range(len(views))), strict=True))
+
+
+def accuracies(scores: Tensor, view_classes: Tensor, labels: list[int]) -> dict[str, float]:
+    """top1 and top5 of the videos, mean over classes of top1, and top1 of single views, in percent."""
+    labels = torch.tensor(labels)
+    right = scores.argmax(dim=1) == labels
+    top5 = (scores.topk(min(5, scores.shape[1])).indices == labels[:, None]).any(dim=1)
+    classes = [right[labels == label].float().mean() for label in labels.unique()]
+    view = (view_classes == labels[:, None]).float().mean()
+    shares = dict(
+        top1=right.float().mean(), top5=top5.float().mean(), class_mean=sum(classes) / len(classes), view=view
+    )
+    return {name: 100 * float(share) for name, share in shares.items()}
+
+
+def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
+    """One line per test video: path, label, prediction, correct, five best classes and their probabilities."""
+    best = scores.topk(min(5, scores.shape[1]))
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "prediction", "correct", "top5", "probabilities"])
+        for video, label, values, indices in zip(split.paths, split.labels, *best, strict=True):
+            top = [split.classes[i] for i in indices]
+            probabilities = ";".join(f"{value:.6f}" for value in values)
+            writer.writerow(
+                [video, split.classes[label], top[0], int(indices[0] == label), ";".join(top), probabilities]
+            )
+
+
+def encoder_arguments(found: dict, cfg) -> dict:
+    """What a model needs to take weights with the arguments `found` (see read_weights), for the clips of `cfg`.
+
+    Unless they say otherwise, weights are taken to be for 16x224x224, and cubes and positions to be those of the flags.
+    """
+    cube = tuple(found.get("cube", cfg.cube))
+    trained = found.get("trained_grid") or grid_of(found.get("video_size", (16, 224, 224)), cube)
+    return dict(size=found["size"], video_size=(cfg.frames, cfg.resolution, cfg.resolution), cube=cube,
+                positions=found.get("positions", "1d"), trained_grid=trained, eps=found.get("eps", EPS))  # fmt: skip
+
+
+def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tuple[Classifier, list[str]]:
+    """The classifier that the flags ask for and its class names; `classes` are those of the data, if there is any."""
+    ready = cfg.eval_only or cfg.predict  # needs a trained head
+    path = cfg.init or str(run / "checkpoint.pt" if ready else Path("runs") / f"pretrain-{preset}" / "checkpoint.pt")
+    new = dict(drop_path=cfg.drop_path, head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
+    if path == "none" and ready:
+        raise ValueError("--init none has no trained head: there is nothing to evaluate")
+    if path == "none":
+        size = (cfg.frames, cfg.resolution, cfg.resolution)
+        return Classifier(cfg.size, len(classes), size, cfg.cube, cfg.positions, **new), classes
+    state, found = read_weights(path)
+    names = found.get("labels") or [f"class {i}" for i in range(found.get("classes", 0))]
+    if ready and not names:
+        raise ValueError(f"{path} has no trained head: fine-tune it first")
+    if ready and classes and len(classes) != len(names):
+        raise ValueError(f"{path} knows {len(names)} classes, the videos have {len(classes)}")
+    classes = classes or names
+    model = Classifier(classes=len(classes), **encoder_arguments(found, cfg), **new)
+    print(f"{path}: {load_weights(model, to_ours(state, model.encoder.cube[0]), cfg.least)}")
+    return model, classes
+
+
+def main(argv: list[str]) -> None:
+    preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
+    device, rank, processes = engine.setup(cfg.device)
+    run = Path("runs") / (cfg.name or f"finetune-{preset}")
+    dtype = engine.precision_dtype(cfg.precision, device)
+    sample, views = SAMPLING[cfg.sampling]
+    sample = partial(sample, frames=cfg.frames, stride=cfg.stride)
+    view_sizes = dict(frames=cfg.frames, stride=cfg.stride, clips=cfg.clips, size=cfg.resolution, crops=cfg.crops)
+
+    torch.manual_seed(cfg.seed)
+    if cfg.predict:
+        model, classes = build(preset, cfg, run, None)
+        for path in cfg.predict:
+            scores, _ = score_videos(model.to(device), Views([path], views, **view_sizes), device, dtype)
+            best = scores[0].topk(min(5, len(classes)))
+            print(path, *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
+        return
+
+    # Data: uint8 clips, in an order that depends on the seed alone.
+    if cfg.data is None:
+        raise ValueError(f"--data is missing: the folder with the videos of {preset}")
+    if cfg.warmup >= cfg.epochs:
+        raise ValueError(f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}: lower it")
+    if cfg.data == TOY and rank == 0:
+        make_toy(TOY)
+    if processes > 1:
+        dist.barrier()
+    split, test = read_parts(cfg)
+    split = draw_shots(split, cfg.shots, cfg.seed) if cfg.shots else split
+    augment = finetune_transform(cfg.resolution, cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
+    videos = Videos(split, sample, augment, cfg.repeats, same_time=True)
+    tests = Views(test.paths, views, **view_sizes)
+    one_view = Views(test.paths, views, **view_sizes | dict(clips=1, crops=1))
+    mix = make_mixer(len(split.classes), cfg.mixup, cfg.cutmix)
+
+    micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
+    per_epoch = max(len(videos) // cfg.batch, 1)
+    steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
+    peak, floor = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
+
+    # Model and optimiser.
+    model, classes = build(preset, cfg, run, split.classes)
+    model.to(device).encoder.checkpointing = cfg.checkpointing
+    optimizer = torch.optim.AdamW(
+        engine.param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=peak, betas=(0.9, 0.999), fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    config = {"model": model.config, "stage": asdict(cfg), "classes": classes, "videos": len(videos)}
+    start = steps if cfg.eval_only else 0
+    if cfg.resume and not cfg.eval_only:
+        parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+        start = engine.resume(run / "checkpoint.pt", "finetune", config, MAY_CHANGE, **parts)
+    elif not cfg.eval_only and (run / "checkpoint.pt").exists():
+        raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
+    net = torch.compile(model) if cfg.compile else model
+    net = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
+
+    log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
+    if not cfg.eval_only:
+        order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
+        batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
+    if rank == 0 and not cfg.eval_only:
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(
+            f"{len(videos)} training, {len(tests)} test videos, {len(classes)} classes; batch {cfg.batch} = "
+            f"{processes} processes x {passes} passes x {micro} videos, {cfg.repeats} clips of each; "
+            f"{cfg.epochs} epochs = {steps} steps, {warmup} of them warm-up; peak lr {peak:.3g}; "
+            f"{millions:.1f} M parameters; {dtype} on {device}"
+        )
+        if start == 0:
+            log.write(config=config, torch=torch.__version__)
+
+    # The loop.
+    total, waited, bad = torch.zeros((), device=device), 0.0, {}
+    logged = saved = time.time()
+    for step in range(start, steps):
+        lr = engine.cosine_lr(step, steps, warmup, peak, floor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        torch.manual_seed(derive_seed(7, cfg.seed, step, rank))  # of mixing, dropout and drop path: nothing to save
+        for number in range(1, passes + 1):
+            asked = time.time()
+            clips, labels, unreadable = next(batches)
+            waited += time.time() - asked
+            bad.update(unreadable)
+            if clips is None or len(bad) > len(videos) / 10:
+                raise ValueError(f"over a tenth of the videos cannot be read, for example {next(iter(bad.values()))}")
+            # Clips of one video apart from each other, since each is mixed with its neighbour in the batch.
+            clips, labels = (rearrange(x, "(b r) ... -> (r b) ...", r=cfg.repeats) for x in (clips, labels))
+            clips, labels = clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            clips, targets = mix(tv_tensors.Video(unit_range(clips)), labels)
+            with net.no_sync() if processes > 1 and number < passes else contextlib.nullcontext():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = net(clips.as_subclass(Tensor))
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing)
+                scaler.scale(loss / passes).backward()
+            total += loss.detach() / passes
+        if cfg.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == steps:
+            count, now = (done - 1) % cfg.log_every + 1, time.time()
+            report = torch.stack([total / processes, torch.tensor(len(bad), device=device)])
+            if processes > 1:
+                dist.all_reduce(report)
+            loss, unreadable = report[0].item() / count, int(report[1])
+            if not math.isfinite(loss):
+                raise ValueError(f"loss is {loss} near step {done}: try a lower --base-lr, --clip-grad 1, or fp32")
+            log.write(
+                step=done, epoch=done / per_epoch, loss=loss, lr=lr, unreadable=unreadable,
+                clips_per_s=count * cfg.batch * cfg.repeats / (now - logged), waiting_for_data=waited / (now - logged),
+            )  # fmt: skip
+            total.zero_()
+            waited, logged = 0.0, now
+            if rank == 0 and (done == steps or now - saved > 60 * cfg.save_minutes):
+                engine.save_checkpoint(
+                    run / "checkpoint.pt", stage="finetune", config=config, step=done, model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                )  # fmt: skip
+                visualize.plot_log(run / "log.jsonl", run / "loss.png")
+                saved = time.time()
+        if cfg.validate and done % (cfg.validate * per_epoch) == 0 and done < steps:
+            scores, best = score_videos(model, one_view, device, dtype, rank, processes, cfg.workers)
+            log.write(step=done, top1=accuracies(scores, best, test.labels)["top1"])
+            logged = time.time()
+    log.bar.close()
+
+    # The paper's protocol: several clips and crops of every test video, mean of their softmax scores.
+    scores, best = score_videos(model, tests, device, dtype, rank, processes, cfg.workers)
+    if rank == 0:
+        for error in bad.values():
+            print(f"left out, unreadable: {error}")
+        result = accuracies(scores, best, test.labels)
+        log.write(views=[cfg.clips, cfg.crops], **result)
+        write_predictions(run / "predictions.csv", test, scores)
+        visualize.plot_classes(run / "predictions.csv", run / "classes.png")
+        print(
+            f"{len(tests)} test videos, {cfg.clips} x {cfg.crops} views: top-1 {result['top1']:.2f} %, top-5 "
+            f"{result['top5']:.2f} %, mean of classes {result['class_mean']:.2f} %; single views {result['view']:.2f} %"
+        )
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    engine.cli(main)

@@ -21,11 +21,11 @@ from data import (
     derive_seed,
     make_loader,
     make_toy,
+    pretrain_transform,
     read_frames,
     read_split,
     sample_clip,
     toy_video,
-    pretrain_transform,
 )  # fmt: skip
 
 

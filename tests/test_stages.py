@@ -21,13 +21,6 @@ TINY = "--epochs 3 --batch 8 --micro 4 --repeats 1 --warmup 0.5 --decoder-depth 
 TINY += "--workers 0 --log-every 1 --normalize".split()
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "toy"
-    data.make_toy(folder, train=24, test=12)
-    return folder
-
-
 @pytest.fixture
 def here(toy, tmp_path, monkeypatch):
     """An empty working directory; the toy set's path."""

@@ -1,0 +1,250 @@
+"""Linear probe: how much of an action can be read off the frozen encoder? (paper section 4.3, Tables 3 and 11)
+
+    python linprobe.py                                             # toy data, from runs/pretrain-toy, 2 CPU cores
+    python linprobe.py --init random                               # the same with an untrained encoder
+    python linprobe.py ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist --init CKPT
+    python linprobe.py --init CKPT --features out.npz --videos a.avi b.mp4     # features alone, of any videos
+
+CKPT is a checkpoint of pretrain.py or finetune.py, an official .pth, or a Hugging Face folder. Every video is decoded
+once and its features (mean over the encoder's last tokens) are kept in runs/NAME/features.npz; the head is trained on
+those, in seconds, with the learning rate that is best on a tenth of the training videos, never on the test videos.
+Leaves runs/NAME/ with features.npz, results.json, predictions.csv and classes.png.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import engine
+import visualize
+from data import SAMPLING, TOY, Videos, Views, derive_seed, make_loader, pretrain_transform, read_split
+from engine import opt
+from finetune import accuracies, encoder_arguments, read_parts, read_weights, write_predictions
+from model import POSITIONS, SIZES, Encoder, load_weights, set_eps, to_ours, widths
+
+
+@dataclass
+class Config:
+    # data
+    data: str | None = opt(None, "folder of the videos")
+    splits: str | None = opt(None, "folder of official split files, or a list of lines `path label`")
+    test_data: str | None = opt(None, "folder of the test videos; None: as --data")
+    test_splits: str | None = opt(None, "list of the test videos, lines `path label`; None: as --splits")
+    fold: int = opt(1, "official split, 1 to 3", 1)
+    frames: int = opt(16, "frames of a clip", 1)
+    stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
+    sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
+    resolution: int = opt(224, "height and width of a clip, pixels", 1)
+    flip: bool = opt(False, "mirror every other training view")
+    repeats: int = opt(4, "views of each training video, each with a time and a crop (MultiScaleCrop) of its own", 1)
+    clips: int = opt(5, "test clips of a video", 1)
+    crops: int = opt(3, "test crops of a clip", 1)
+    workers: int = opt(2, "decoding processes; 0 decodes in the main process", 0)
+    # encoder
+    init: str | None = opt(None, "checkpoint, or random; None: runs/pretrain-PRESET/checkpoint.pt")
+    size: Literal[tuple(SIZES)] = opt("base", "width and depth with --init random, else the checkpoint's")
+    cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a token with --init random")
+    positions: Literal[POSITIONS] = opt("1d", "fixed positions with --init random: 1d as the official code, 3d ours")
+    # head
+    epochs: int = opt(100, "passes over the training features", 1)
+    batch: int = opt(1024, "videos per step", 2)
+    base_lrs: tuple[float, ...] = opt(
+        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "learning rates at batch 256, one of which wins"
+    )
+    warmup: float = opt(10, "epochs of linear warm-up", 0)
+    seed: int = opt(0, "the only source of randomness: views, held-out videos, order", 0)
+    # run
+    features: str | None = opt(None, "write the features of --videos (None: of all videos of the data) here and stop")
+    videos: tuple[str, ...] | None = opt(None, "video files for --features")
+    name: str | None = opt(None, "results go to runs/NAME; None: linprobe-PRESET, or linprobe-PRESET-random")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of the encoder's matrix products")
+
+
+# Table 11 of the paper: SGD with momentum 0.9, no weight decay, batch 1024, 100 epochs, 10 of them warm-up, base lr
+# 0.1, MultiScaleCrop. Several learning rates instead of one, pooling, the normalised head and the test views are ours
+# (the paper does not say). Strides, sampling and test views: as in fine-tuning.
+PRESETS = {
+    "toy": dict(data=TOY, frames=8, stride=2, resolution=64, clips=2, crops=1, workers=0, size="toy", cube=(2, 8, 8),
+                positions="3d", batch=128),  # ours
+    "ucf101": dict(stride=4, clips=5),
+    "hmdb51": dict(stride=2, clips=10),
+    "ssv2": dict(sampling="uniform", clips=2),
+    "k400": dict(stride=4, clips=5, flip=True),
+}  # fmt: skip
+
+NOT_IN_FEATURES = set("epochs batch base_lrs warmup name device workers features videos".split())
+
+
+def build_encoder(init: str, cfg: Config) -> Encoder:
+    """The encoder with its last LayerNorm (a fine-tuned one has none), frozen; "random": untrained."""
+    if init == "random":
+        found = dict(size=cfg.size, video_size=(cfg.frames, cfg.resolution, cfg.resolution), positions=cfg.positions)
+        arguments = encoder_arguments(found, cfg)
+    else:
+        state, found = read_weights(init)
+        arguments = encoder_arguments(found, cfg)
+        state = to_ours(state, arguments["cube"][0])
+    eps, size = arguments.pop("eps"), widths(arguments.pop("size"))
+    last = init == "random" or "encoder.norm.weight" in state
+    encoder = Encoder(**{k: size[k] for k in ("dim", "depth", "heads")}, **arguments, final_norm=last)
+    set_eps(encoder, eps)
+    if init != "random":
+        print(f"{init}: {load_weights(nn.ModuleDict(dict(encoder=encoder)), state, 1.0)}")
+    return encoder.requires_grad_(False)
+
+
+def all_videos(cfg: Config) -> list[Path]:
+    """Every training and test video of the data, once."""
+    parts = [(cfg.data, cfg.splits, True), (cfg.test_data or cfg.data, cfg.test_splits or cfg.splits, False)]
+    return list(
+        dict.fromkeys(path for data, splits, train in parts for path in read_split(data, splits, cfg.fold, train).paths)
+    )
+
+
+@torch.no_grad()
+def extract(encoder, views, total: int, device, dtype) -> Tensor:
+    """Mean over the last tokens of every view: iterable of (views of one video (K, T, C, H, W)) -> (total, K, D)."""
+    features = []
+    for clips in tqdm(views, "features", total, leave=False):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features.append(encoder(clips.to(device, non_blocking=True)).float().mean(dim=1).cpu())
+    return torch.stack(features)
+
+
+class Head(nn.Module):
+    """Features at zero mean and unit variance over the training set (BatchNorm without parameters), then Linear."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.norm(features))
+
+
+def train_head(features: Tensor, labels: Tensor, classes: int, base_lr: float, cfg: Config) -> Head:
+    """Train on features (videos, K, D), one random view of each video an epoch, with the recipe of Table 11."""
+    torch.manual_seed(derive_seed(9, cfg.seed))
+    head, batch = Head(features.shape[2], classes).to(features.device), min(cfg.batch, len(features))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0, momentum=0.9)
+    per_epoch = len(features) // batch
+    steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(features)).to(features.device)
+        optimizer.param_groups[0]["lr"] = engine.cosine_lr(step, steps, warmup, base_lr * batch / 256, 0.0)
+        rows = order[step % per_epoch * batch :][:batch]
+        view = torch.randint(features.shape[1], (batch,)).to(features.device)
+        loss = F.cross_entropy(head(features[rows, view]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.eval()
+
+
+@torch.no_grad()
+def score(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (videos, K, D) -> mean softmax over the views (videos, classes), and each view's best class."""
+    probabilities = head(features.flatten(0, 1)).softmax(dim=1).unflatten(0, features.shape[:2])
+    return probabilities.mean(dim=1).cpu(), probabilities.argmax(dim=2).cpu()
+
+
+def main(argv: list[str]) -> None:
+    preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
+    device, rank, processes = engine.setup(cfg.device)
+    if processes > 1:
+        raise ValueError("linprobe.py runs in one process: start it with python, not torchrun")
+    init = cfg.init or str(Path("runs") / f"pretrain-{preset}" / "checkpoint.pt")
+    run = Path("runs") / (cfg.name or f"linprobe-{preset}" + "-random" * (init == "random"))
+    dtype = engine.precision_dtype(cfg.precision, device)
+    clip = dict(frames=cfg.frames, stride=cfg.stride)
+    sample, rule = SAMPLING[cfg.sampling]
+    views = partial(Views, rule=rule, **clip, clips=cfg.clips, size=cfg.resolution, crops=cfg.crops)
+    torch.manual_seed(cfg.seed)
+    encoder = build_encoder(init, cfg).to(device).eval()
+    loader = partial(DataLoader, batch_size=None, num_workers=cfg.workers)
+    if cfg.videos and not cfg.features:
+        raise ValueError("--videos goes with --features: name the .npz file to write")
+
+    # Features of any videos: export them and stop.
+    if cfg.features:
+        paths = list(cfg.videos or all_videos(cfg))
+        found = extract(encoder, (clips for _, clips in loader(views(paths))), len(paths), device, dtype)
+        np.savez(cfg.features, paths=np.array([str(path) for path in paths]), features=found.mean(dim=1).numpy())
+        print(
+            f"wrote {cfg.features}: {len(paths)} videos, {found.shape[2]} features each, mean of {found.shape[1]} views"
+        )
+        return
+
+    # Features of the training and test videos, from the cache where it is of the same videos, views and weights.
+    train, test = read_parts(cfg)
+    kept = {k: v for k, v in asdict(cfg).items() if k not in NOT_IN_FEATURES}
+    about = json.dumps(kept | dict(init=init, written=os.path.getmtime(init) if init != "random" else None,
+                                   train=[str(p) for p in train.paths], test=[str(p) for p in test.paths]))  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    cache = run / "features.npz"
+    saved = np.load(cache, allow_pickle=False) if cache.exists() else {"about": ""}
+    if str(saved["about"]) != about:
+        augmented = Videos(train, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
+        keys = [[(i, derive_seed(8, cfg.seed, i))] for i in range(len(train.paths))]
+        labels, bad = [], {}
+
+        def training_clips():
+            for clips, label, unreadable in make_loader(augmented, keys, cfg.workers, pin=False):
+                bad.update(unreadable)
+                if clips is None or len(bad) > len(train.paths) / 10:
+                    error = next(iter(bad.values()))
+                    raise ValueError(f"over a tenth of the training videos cannot be read, for example {error}")
+                labels.append(int(label[0]))
+                yield clips
+
+        train_features = extract(encoder, training_clips(), len(train.paths), device, dtype)
+        test_clips = (clips for _, clips in loader(views(test.paths)))
+        saved = dict(
+            about=about, train=train_features.numpy(), train_labels=np.array(labels),
+            test=extract(encoder, test_clips, len(test.paths), device, dtype).numpy(),
+        )  # fmt: skip
+        np.savez(cache, **saved)
+        for error in bad.values():
+            print(f"left out, unreadable: {error}")
+    features, labels = torch.from_numpy(saved["train"]).to(device), torch.from_numpy(saved["train_labels"]).to(device)
+    test_features = torch.from_numpy(saved["test"]).to(device)
+
+    # The learning rate that does best on a tenth of the training videos; then a head trained on all of them.
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(derive_seed(10, cfg.seed)))
+    held, rest = order[: len(order) // 10].to(device), order[len(order) // 10 :].to(device)
+    sweep = {}
+    for base_lr in cfg.base_lrs:
+        head = train_head(features[rest], labels[rest], len(train.classes), base_lr, cfg)
+        sweep[base_lr] = accuracies(*score(head, features[held]), labels[held].tolist())["top1"]
+        print(f"base lr {base_lr:g}: {sweep[base_lr]:.2f} % of {len(held)} held-out training videos")
+    best = max(sweep, key=sweep.get)
+    head = train_head(features, labels, len(train.classes), best, cfg)
+    scores, view_classes = score(head, test_features)
+    result = accuracies(scores, view_classes, test.labels)
+    text = json.dumps(dict(init=init, base_lr=best, sweep=sweep, config=asdict(cfg), **result), indent=1)
+    (run / "results.json").write_text(text + "\n")
+    write_predictions(run / "predictions.csv", test, scores)
+    visualize.plot_classes(run / "predictions.csv", run / "classes.png")
+    print(
+        f"linear probe of {init}: {len(test.paths)} test videos, {cfg.clips} x {cfg.crops} views: top-1 "
+        f"{result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean of classes {result['class_mean']:.2f} %"
+    )
+
+
+if __name__ == "__main__":
+    engine.cli(main)
