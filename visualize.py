@@ -16,6 +16,7 @@ as the official code does; the figure then says so and shows what an empty predi
 import csv
 import json
 import math
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,7 +257,6 @@ def _bars(axis, bars: list[tuple[str, float, str]], color: str) -> None:
     axis.set_yticks(range(len(bars)), labels, fontsize=6, parse_math=False)  # a $ in a name is a $
     axis.set_ylim(max(len(bars), 1) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=6)
-    axis.margins(x=0.15)
 
 
 def plot_classes(predictions_csv: str | Path, out_png: str | Path) -> None:
@@ -312,7 +312,7 @@ def compare(path_a: str | Path, path_b: str | Path, out: str | Path, most: int =
     figure, axes = plt.subplots(1, 2, figsize=size, sharex=True, layout="constrained")
     for axis, side, path, color in zip(axes, sides, (path_a, path_b), ("tab:blue", "tab:red"), strict=True):
         _bars(axis, side, color)
-        axis.set_title(f"better in {path}", fontsize=7, parse_math=False, wrap=True)
+        axis.set_title(textwrap.fill(f"better in {path}", 36), fontsize=7, parse_math=False)
         axis.set_xlabel("difference in top-1, points", fontsize=6)
     axes[0].set_xlim(0, 1.6 * max((gain for side in sides for _, gain, _ in side), default=1))
     figure.savefig(out, dpi=150)

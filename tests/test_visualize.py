@@ -11,7 +11,7 @@ from PIL import Image
 import visualize
 from visualize import class_accuracy, plot_classes, plot_log, read_predictions
 
-ODD = ['a,b "c".avi', "new\nline.avi", "$x$_{.avi", "é;f.avi"]
+ODD = ['a,b "c".avi', "new\r\nline.avi", "$x$_{.avi", "é;f.avi"]
 
 
 def write(path, rows):
@@ -98,12 +98,12 @@ def test_class_chart_is_sorted_and_readable(tmp_path, drawn, number):
 def test_comparison(tmp_path, drawn, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hits = {f"${i}_{{": i % 4 for i in range(50)}
-    classes("a$_{.csv", dict(hits, Run=4, Walk=1, Same=2))
+    classes("a$_{$.csv", dict(hits, Run=4, Walk=1, Same=2))
     classes("b.csv", dict({name: n + 1 for name, n in hits.items()}, Run=1, Walk=4, Same=2))
-    visualize.main(["--compare", "a$_{.csv", "b.csv", "--out", "c.png"])
+    visualize.main(["--compare", "a$_{$.csv", "b.csv", "--out", "c.png"])
     out = capsys.readouterr().out.splitlines()
     assert out[2:4] == [
-        "1 of 53 classes are better in a$_{.csv, by most:",
+        "1 of 53 classes are better in a$_{$.csv, by most:",
         "   +75.0 points  Run  (100 %, not 25 %, of 4)",
     ]
     assert out[4:6] == [
@@ -114,7 +114,12 @@ def test_comparison(tmp_path, drawn, capsys, monkeypatch):
     assert out[1] == f"{100 * (sum(hits.values()) + 50 + 7) / 212:.2f} % of 212 videos: b.csv"
     (one, _), (two, _) = map(words, drawn[0].axes)
     assert one == ["Run"] and two[0] == "Walk" and len(two) == 20
-    assert [axis.get_title() for axis in drawn[0].axes] == ["better in a$_{.csv", "better in b.csv"]
+    assert [axis.get_title() for axis in drawn[0].axes] == ["better in a$_{$.csv", "better in b.csv"]
+    long = tmp_path / "folder" / ("x" * 80)
+    long.mkdir(parents=True)
+    visualize.compare("b.csv", classes(long / "p.csv", dict(hits, Run=1, Walk=4, Same=2)), "d.png")
+    lines = drawn[1].axes[1].get_title().splitlines()
+    assert "".join(lines).replace(" ", "").endswith("x/p.csv") and max(map(len, lines)) <= 36  # fits above a panel
     visualize.main(["--compare", "b.csv", "b.csv"])  # nothing differs: an empty figure, no error
     assert (tmp_path / "comparison.png").stat().st_size > 1000
 
