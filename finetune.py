@@ -123,8 +123,10 @@ MAY_CHANGE = set(
 # script, of hmdb51 as ucf101, since nothing is published. Other sizes, as in Table 10 or the scripts: small: layer
 # decay .7, ssv2 base lr 1e-3, k400 150 epochs; large: drop path .2, head dropout .5, k400 50, ssv2 30 epochs.
 PRESETS = {
-    "toy": dict(data=TOY, frames=8, stride=2, resolution=64, workers=0, size="toy", cube=(2, 8, 8), positions="3d",
-                clips=2, crops=1, save_minutes=1),  # ours
+    "toy": dict(data=TOY, shots=10, frames=8, stride=2, resolution=48, workers=0, repeats=1, operations=0, smallest=0.8,
+                flip=False, erase=0.0, mixup=0.0, cutmix=0.0, size="toy", cube=(2, 8, 8), positions="3d", drop_path=0.0,
+                epochs=20, batch=16, base_lr=1.6e-2, min_lr=1.6e-4, warmup=2, layer_decay=1.0, clips=2, crops=1,
+                save_minutes=1),  # ours
     "ucf101": dict(stride=4, epochs=100, batch=128, base_lr=5e-4, min_lr=1e-5, drop_path=0.2, head_dropout=0.5,
                    layer_decay=0.7, clips=5),
     "hmdb51": dict(stride=2, epochs=50, batch=128, base_lr=1e-3, min_lr=1e-5, drop_path=0.2, head_dropout=0.5,
@@ -224,11 +226,12 @@ def read_parts(cfg: Config) -> tuple[Split, Split]:
         raise ValueError(f"{cfg.splits or cfg.data} has no test part: name one with --test-splits or --test-data")
     if shared := set(train.paths) & set(test.paths):
         raise ValueError(f"{len(shared)} videos are both training and test videos, for example {min(shared)}")
-    classes = max(train.classes, test.classes, key=len)
+    numbered = lambda split: split.classes == [str(i) for i in range(len(split.classes))]  # a list knows no names
+    classes = max(train, test, key=lambda split: (not numbered(split), len(split.classes))).classes
     for part, split in (("training", train), ("test", test)):
         if min(split.labels) < 0:
             raise ValueError(f"no label for the {part} video {split.paths[split.labels.index(min(split.labels))]}")
-        if split.classes != classes[: len(split.classes)]:
+        if max(split.labels) >= len(classes) or not numbered(split) and split.classes != classes:
             raise ValueError(f"the {part} videos have other classes: {', '.join(set(split.classes) ^ set(classes))}")
     return Split(train.paths, train.labels, classes), Split(test.paths, test.labels, classes)
 
@@ -316,8 +319,11 @@ def encoder_arguments(found: dict, cfg) -> dict:
                 positions=found.get("positions", "1d"), trained_grid=trained, eps=found.get("eps", EPS))  # fmt: skip
 
 
-def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tuple[Classifier, list[str]]:
-    """The classifier that the flags ask for and its class names; `classes` are those of the data, if there is any."""
+def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tuple[Classifier, list[str], str]:
+    """The classifier that the flags ask for, its class names, and which weights were found.
+
+    `classes` are those of the data, or None where no data is read.
+    """
     ready = cfg.eval_only or cfg.predict  # needs a trained head
     path = cfg.init or str(run / "checkpoint.pt" if ready else Path("runs") / f"pretrain-{preset}" / "checkpoint.pt")
     new = dict(drop_path=cfg.drop_path, head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
@@ -325,7 +331,7 @@ def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tup
         raise ValueError("--init none has no trained head: there is nothing to evaluate")
     if path == "none":
         size = (cfg.frames, cfg.resolution, cfg.resolution)
-        return Classifier(cfg.size, len(classes), size, cfg.cube, cfg.positions, **new), classes
+        return Classifier(cfg.size, len(classes), size, cfg.cube, cfg.positions, **new), classes, "untrained"
     state, found = read_weights(path)
     names = found.get("labels") or [f"class {i}" for i in range(found.get("classes", 0))]
     if ready and not names:
@@ -334,8 +340,7 @@ def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tup
         raise ValueError(f"{path} knows {len(names)} classes, the videos have {len(classes)}")
     classes = classes or names
     model = Classifier(classes=len(classes), **encoder_arguments(found, cfg), **new)
-    print(f"{path}: {load_weights(model, to_ours(state, model.encoder.cube[0]), cfg.least)}")
-    return model, classes
+    return model, classes, f"{path}: {load_weights(model, to_ours(state, model.encoder.cube[0]), cfg.least)}"
 
 
 def main(argv: list[str]) -> None:
@@ -349,7 +354,8 @@ def main(argv: list[str]) -> None:
 
     torch.manual_seed(cfg.seed)
     if cfg.predict:
-        model, classes = build(preset, cfg, run, None)
+        model, classes, report = build(preset, cfg, run, None)
+        print(report)
         for path in cfg.predict:
             scores, _ = score_videos(model.to(device), Views([path], views, **view_sizes), device, dtype)
             best = scores[0].topk(min(5, len(classes)))
@@ -379,7 +385,7 @@ def main(argv: list[str]) -> None:
     peak, floor = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
 
     # Model and optimiser.
-    model, classes = build(preset, cfg, run, split.classes)
+    model, classes, report = build(preset, cfg, run, split.classes)
     model.to(device).encoder.checkpointing = cfg.checkpointing
     optimizer = torch.optim.AdamW(
         engine.param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=peak, betas=(0.9, 0.999), fused=True
@@ -399,6 +405,8 @@ def main(argv: list[str]) -> None:
     if not cfg.eval_only:
         order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
         batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
+    if rank == 0:
+        print(report)
     if rank == 0 and not cfg.eval_only:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(

@@ -7,7 +7,7 @@
 
 CKPT is a checkpoint of pretrain.py or finetune.py, an official .pth, or a Hugging Face folder. Every video is decoded
 once and its features (mean over the encoder's last tokens) are kept in runs/NAME/features.npz; the head is trained on
-those, in seconds, with the learning rate that is best on a tenth of the training videos, never on the test videos.
+those, in seconds, with the learning rate that is best on held-out training videos, never on the test videos.
 Leaves runs/NAME/ with features.npz, results.json, predictions.csv and classes.png.
 """
 
@@ -29,7 +29,7 @@ import engine
 import visualize
 from data import SAMPLING, TOY, Videos, Views, derive_seed, make_loader, pretrain_transform, read_split
 from engine import opt
-from finetune import accuracies, encoder_arguments, read_parts, read_weights, write_predictions
+from finetune import accuracies, draw_shots, encoder_arguments, read_parts, read_weights, write_predictions
 from model import POSITIONS, SIZES, Encoder, load_weights, set_eps, to_ours, widths
 
 
@@ -41,6 +41,7 @@ class Config:
     test_data: str | None = opt(None, "folder of the test videos; None: as --data")
     test_splits: str | None = opt(None, "list of the test videos, lines `path label`; None: as --splits")
     fold: int = opt(1, "official split, 1 to 3", 1)
+    shots: int | None = opt(None, "labelled training videos per class, drawn by the seed; None: all", 1)
     frames: int = opt(16, "frames of a clip", 1)
     stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
     sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
@@ -75,8 +76,8 @@ class Config:
 # 0.1, MultiScaleCrop. Several learning rates instead of one, pooling, the normalised head and the test views are ours
 # (the paper does not say). Strides, sampling and test views: as in fine-tuning.
 PRESETS = {
-    "toy": dict(data=TOY, frames=8, stride=2, resolution=64, clips=2, crops=1, workers=0, size="toy", cube=(2, 8, 8),
-                positions="3d", batch=128),  # ours
+    "toy": dict(data=TOY, shots=10, frames=8, stride=2, resolution=48, clips=2, crops=1, workers=0, size="toy",
+                cube=(2, 8, 8), positions="3d", batch=32),  # ours
     "ucf101": dict(stride=4, clips=5),
     "hmdb51": dict(stride=2, clips=10),
     "ssv2": dict(sampling="uniform", clips=2),
@@ -192,6 +193,7 @@ def main(argv: list[str]) -> None:
 
     # Features of the training and test videos, from the cache where it is of the same videos, views and weights.
     train, test = read_parts(cfg)
+    train = draw_shots(train, cfg.shots, cfg.seed) if cfg.shots else train
     kept = {k: v for k, v in asdict(cfg).items() if k not in NOT_IN_FEATURES}
     about = json.dumps(kept | dict(init=init, written=os.path.getmtime(init) if init != "random" else None,
                                    train=[str(p) for p in train.paths], test=[str(p) for p in test.paths]))  # fmt: skip
@@ -199,7 +201,7 @@ def main(argv: list[str]) -> None:
     cache = run / "features.npz"
     saved = np.load(cache, allow_pickle=False) if cache.exists() else {"about": ""}
     if str(saved["about"]) != about:
-        augmented = Videos(train, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
+        augmented = Videos(train, partial(sample, **clip), pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
         keys = [[(i, derive_seed(8, cfg.seed, i))] for i in range(len(train.paths))]
         labels, bad = [], {}
 
@@ -224,14 +226,17 @@ def main(argv: list[str]) -> None:
     features, labels = torch.from_numpy(saved["train"]).to(device), torch.from_numpy(saved["train_labels"]).to(device)
     test_features = torch.from_numpy(saved["test"]).to(device)
 
-    # The learning rate that does best on a tenth of the training videos; then a head trained on all of them.
+    # The learning rate that does best on training videos held out, a fifth at a time; then a head trained on all.
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(derive_seed(10, cfg.seed)))
-    held, rest = order[: len(order) // 10].to(device), order[len(order) // 10 :].to(device)
-    sweep = {}
+    fifths, sweep = order.to(device).chunk(5), {}
     for base_lr in cfg.base_lrs:
-        head = train_head(features[rest], labels[rest], len(train.classes), base_lr, cfg)
-        sweep[base_lr] = accuracies(*score(head, features[held]), labels[held].tolist())["top1"]
-        print(f"base lr {base_lr:g}: {sweep[base_lr]:.2f} % of {len(held)} held-out training videos")
+        right = 0.0
+        for held in fifths:
+            rest = torch.cat([fifth for fifth in fifths if fifth is not held])
+            head = train_head(features[rest], labels[rest], len(train.classes), base_lr, cfg)
+            right += accuracies(*score(head, features[held]), labels[held].tolist())["top1"] * len(held)
+        sweep[base_lr] = right / len(order)
+        print(f"base lr {base_lr:g}: {sweep[base_lr]:.2f} % of {len(order)} training videos, each while held out")
     best = max(sweep, key=sweep.get)
     head = train_head(features, labels, len(train.classes), best, cfg)
     scores, view_classes = score(head, test_features)

@@ -1,4 +1,4 @@
-"""Sampling of views, augmentation, layer-wise learning rates, evaluation; the chain pretrain -> finetune -> linprobe."""
+"""Sampling of views, augmentation, layer-wise learning rates, evaluation; pretrain -> finetune -> linprobe."""
 
 import csv
 import json
@@ -239,7 +239,8 @@ def predictions(name):
 def test_finetuning_starts_from_the_pretrained_encoder(here):
     before = engine.load_checkpoint("runs/pretrain-toy/checkpoint.pt", "pretrain")["model"]
     _, cfg = engine.parse_config(finetune.Config, [], "", finetune.PRESETS)
-    model, _ = finetune.build("toy", cfg, None, ["a", "b"])
+    model, _, report = finetune.build("toy", cfg, None, ["a", "b"])
+    assert "0 missing" in report
     for name, value in model.state_dict().items():
         if name.startswith("encoder."):
             assert torch.equal(value, before[name])
@@ -286,10 +287,10 @@ def odd_list(here):
 
 
 def test_predict_names_five_classes(here, capsys):
-    video = f"{here}/Grow/v_Grow_g01_c01.avi"
+    video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
     finetune.main(["--predict", video, video])
     out = capsys.readouterr().out
-    assert out.count(video) == 2 and sum(name in out for name in data.MOTIONS) == 5
+    assert out.count(video) == 2 and sum(f"  {name}\n" in out for name in data.MOTIONS) == 5
 
 
 def test_resumed_finetuning_is_the_uninterrupted_one(here, monkeypatch):
@@ -330,7 +331,7 @@ def test_linear_probe_chooses_on_training_videos_and_caches_features(here, capsy
     flags += ["--base-lrs", "0.1", "1"]
     linprobe.main(flags)
     first, out = json.load(open("runs/linprobe-toy/results.json")), capsys.readouterr().out
-    assert set(first["sweep"]) == {"0.1", "1.0"} and "held-out training videos" in out
+    assert set(first["sweep"]) == {"0.1", "1.0"} and "each while held out" in out
     saved = np.load("runs/linprobe-toy/features.npz", allow_pickle=False)
     assert saved["train"].shape == (24, 2, 128) and saved["test"].shape == (12, 2, 128)
     with monkeypatch.context() as patch:
@@ -346,7 +347,7 @@ def test_linear_probe_chooses_on_training_videos_and_caches_features(here, capsy
 
 
 def test_features_of_any_videos(here):
-    videos = [f"{here}/Grow/v_Grow_g01_c01.avi", f"{here}/Shrink/v_Shrink_g01_c01.avi"]
+    videos = [f"{here}/Pulse/v_Pulse_g01_c01.avi", f"{here}/Turn2/v_Turn2_g01_c01.avi"]
     linprobe.main(["--features", "out.npz", "--videos", *videos])
     out = np.load("out.npz", allow_pickle=False)
     assert out["paths"].tolist() == videos and out["features"].shape == (2, 128)
@@ -383,7 +384,7 @@ def test_head_finds_what_is_linear():
 )
 def test_mistakes_are_told_in_one_line(here, flags, message):
     with open("same.txt", "w") as file:
-        file.write("Grow/v_Grow_g01_c01.avi 1\n")
+        file.write("Pulse/v_Pulse_g01_c01.avi 1\n")
     with pytest.raises(ValueError, match=message):
         finetune.main(["--data", here, "--name", "mistake", "--batch", "6", *flags])
 

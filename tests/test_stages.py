@@ -45,7 +45,7 @@ def test_pretrain_then_visualize(here, capsys):
     assert [line["lr"] for line in lines] == [engine.cosine_lr(step, 9, 1, peak, floor) for step in range(9)]
     capsys.readouterr()
 
-    video = f"{here}/Grow/v_Grow_g01_c01.avi"
+    video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
     for mask in ("tube", "random", "frame"):
         visualize.main(["--videos", video, video, "--mask", mask, "--ratios", "0.75", "--out", f"{mask}.png"])
         assert "75% masked: model" in capsys.readouterr().out
