@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import sys
 import traceback
 import typing
@@ -38,9 +37,8 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict] | 
         if inner:
             how = {"choices": inner} if typing.get_origin(kind) is typing.Literal else {"type": inner[0], "nargs": "+"}
         about = f"{field.metadata['help']} (default: {presets[preset].get(field.name, field.default)})"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=about.replace("%", "%%"), **how)
-    names = [word.split("=")[0] for word in argv]
-    argv = [w.replace(n, n.replace("_", "-"), 1) if n[:2] == "--" else w for w, n in zip(argv, names, strict=True)]
+        flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))  # either spelling
+        parser.add_argument(*flags, help=about.replace("%", "%%"), **how)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     config = Config(**{**presets[preset], **given})
     for field in dataclasses.fields(Config):
@@ -70,20 +68,19 @@ def setup(device: str) -> tuple[torch.device, int, int]:
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
-    if "RANK" not in os.environ:
-        return place, 0, 1
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return place, dist.get_rank(), dist.get_world_size()
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return place, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Type of matrix products; "auto": bf16 where the hardware has it, else fp16 on GPU and float32 on CPU."""
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
-    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+    if precision == "auto":
+        cuda, cpu = device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
+        on_cpu = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else on_cpu
+        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def split_batch(batch: int, processes: int, micro: int | None) -> tuple[int, int]:
@@ -101,24 +98,6 @@ def cosine_lr(step: int, total: int, warmup: int, peak: float, floor: float) -> 
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def param_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """AdamW's groups, as in the official code: no weight decay for vectors (biases, LayerNorms) and the mask token.
-
-    A group's learning rate is to be multiplied by its `scale`: 1 for head and fc_norm, layer_decay for the encoder's
-    last block, its square for the one before, and so on down to the cube embedding.
-    """
-    groups, last = {}, len(model.encoder.blocks) + 1
-    for name, parameter in model.named_parameters():
-        block = re.match(r"encoder\.blocks\.(\d+)", name)
-        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.patch_embed") else last
-        key = (
-            0.0 if parameter.ndim == 1 or name.endswith("mask_token") else weight_decay,
-            layer_decay ** (last - layer),
-        )
-        groups.setdefault(key, []).append(parameter)
-    return [dict(params=groups[key], weight_decay=key[0], scale=key[1]) for key in sorted(groups, reverse=True)]
-
-
 def save_checkpoint(path: Path, **state) -> None:
     """Write tensors and plain containers so that `path` is a whole file at any moment, the old one or the new."""
     with open(temporary := path.with_name(path.name + ".tmp"), "wb") as file:
@@ -130,23 +109,19 @@ def save_checkpoint(path: Path, **state) -> None:
 
 def load_checkpoint(path: str | Path, stage: str) -> dict:
     """Read a checkpoint of `stage`, never running pickled code; ValueError where it is not one."""
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from error
-    found = state.get("stage", "another program") if isinstance(state, dict) else "another program"
-    if found != stage:
-        raise ValueError(f"{path} is a checkpoint of {found}, this needs one of {stage}.py")
+        raise ValueError(f"{path} is not a readable checkpoint ({f'{error}'.strip()[:100]!r})") from error
+    if not isinstance(state, dict) or state.get("stage") != stage:
+        raise ValueError(f"{path} is not a checkpoint of {stage}.py")
     return state
 
 
 def resume(path: Path, stage: str, config: dict, may_change: set, **parts) -> int:
     """Load model, optimizer and scaler from a checkpoint; the step it stopped at. ValueError if the recipe changed."""
     state = load_checkpoint(path, stage)
-    old = dict(state["config"]["stage"], videos=state["config"].get("videos"))
-    new = dict(config["stage"], videos=config["videos"])
+    old, new = (dict(about["stage"], videos=about.get("videos")) for about in (state["config"], config))
     if changed := [key for key, value in old.items() if key not in may_change and value != new.get(key)]:
         raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")
     for name, part in parts.items():

@@ -258,6 +258,24 @@ def make_mixer(classes: int, mixup: float, cutmix: float):
     return v2.RandomChoice(kinds or [v2.Lambda(lambda x: x)])
 
 
+def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
+    """AdamW's groups, as in the official code: no weight decay for vectors (biases, LayerNorms).
+
+    A group's learning rate is to be multiplied by its `scale`: 1 for head and fc_norm, layer_decay for the encoder's
+    last block, its square for the one before, and so on down to the cube embedding.
+    """
+    groups, last = {}, len(model.encoder.blocks) + 1
+    for name, parameter in model.named_parameters():
+        block = re.match(r"encoder\.blocks\.(\d+)", name)
+        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.patch_embed") else last
+        key = (
+            0.0 if parameter.ndim == 1 else weight_decay,
+            layer_decay ** (last - layer),
+        )
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=groups[key], weight_decay=key[0], scale=key[1]) for key in sorted(groups, reverse=True)]
+
+
 @torch.no_grad()
 def score_videos(model, views: Views, device, dtype, rank: int = 0, processes: int = 1, workers: int = 0):
     """Softmax scores of every video: (mean over its views (videos, classes), best class of each view (videos, K)).
@@ -388,7 +406,7 @@ def main(argv: list[str]) -> None:
     model, classes, report = build(preset, cfg, run, split.classes)
     model.to(device).encoder.checkpointing = cfg.checkpointing
     optimizer = torch.optim.AdamW(
-        engine.param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=peak, betas=(0.9, 0.999), fused=True
+        param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=peak, betas=(0.9, 0.999), fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     config = {"model": model.config, "stage": asdict(cfg), "classes": classes, "videos": len(videos)}

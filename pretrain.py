@@ -124,7 +124,9 @@ def main(argv: list[str]) -> None:
         cfg.size, video_size, cfg.cube, cfg.positions, cfg.decoder_depth, cfg.target, cfg.normalize, cfg.loss
     ).to(device)
     model.encoder.checkpointing = cfg.checkpointing
-    groups = engine.param_groups(model, cfg.weight_decay)
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]  # only these decay
+    others = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, cfg.beta2), fused=True)
     dtype = engine.precision_dtype(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

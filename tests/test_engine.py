@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import engine
-from model import VideoMAE
 
 
 @dataclass
@@ -67,15 +66,6 @@ def test_effective_batch():
             engine.split_batch(*bad)
 
 
-def test_vectors_and_the_mask_token_do_not_decay():
-    model = VideoMAE("toy", (4, 16, 16), (2, 8, 8))
-    decay, plain = engine.param_groups(model, 0.05)
-    assert decay["weight_decay"] == 0.05 and plain["weight_decay"] == 0
-    assert len(decay["params"]) + len(plain["params"]) == len(list(model.parameters()))
-    assert all(p.ndim == 2 for p in decay["params"])
-    assert any(p is model.mask_token for p in plain["params"])
-
-
 def test_checkpoints_survive_a_failed_write(tmp_path):
     path = tmp_path / "checkpoint.pt"
     engine.save_checkpoint(path, stage="pretrain", step=1)
@@ -110,7 +100,9 @@ def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch, tmp_p
     monkeypatch.setattr("sys.argv", ["stage.py"])
     with pytest.raises(SystemExit) as stop:
         engine.cli(lambda argv: engine.load_checkpoint(tmp_path / "none.pt", "pretrain"))
-    assert stop.value.code == 2 and capsys.readouterr().err == f"error: no checkpoint at {tmp_path}/none.pt\n"
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: {tmp_path}/none.pt") and said.count("\n") == 1
+    assert "No such file" in said
     with pytest.raises(ValueError, match="invalid literal"):
         engine.cli(lambda argv: json.loads("[1]", parse_int=lambda s: int("x")))
 

@@ -155,7 +155,7 @@ def test_mixing_keeps_targets_a_distribution():
 
 def test_layer_decay_gives_each_parameter_its_factor_once():
     model = Classifier("toy", 12, (8, 64, 64), (2, 8, 8))
-    groups = engine.param_groups(model, 0.05, 0.7)
+    groups = finetune.param_groups(model, 0.05, 0.7)
     found = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -165,7 +165,7 @@ def test_layer_decay_gives_each_parameter_its_factor_once():
             factor = 0.7**5 if "patch_embed" in name else 1.0
         decay = 0.05 if parameter.ndim > 1 else 0.0
         assert found[id(parameter)] == (pytest.approx(factor), decay), name
-    assert all(group["scale"] == 1 for group in engine.param_groups(model, 0.05))
+    assert all(group["scale"] == 1 for group in finetune.param_groups(model, 0.05, 1.0))
 
 
 def test_accuracies_by_hand():

@@ -33,6 +33,24 @@ def losses(name):
     return {line["step"]: line["loss"] for line in lines if "step" in line}
 
 
+def test_vectors_and_the_mask_token_do_not_decay(here, monkeypatch):
+    seen = []
+
+    def stop(groups, **kwargs):
+        seen.extend(groups)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim, "AdamW", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(["--data", here, *TINY])
+    decay, plain = seen
+    assert decay["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+    assert all(p.ndim == 2 for p in decay["params"])
+    assert [tuple(p.shape) for p in plain["params"] if p.ndim > 1] == [(1, 1, 96)]  # the mask token
+    model = VideoMAE("toy", decoder_depth=1)
+    assert len(decay["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
 def test_pretrain_then_visualize(here, capsys):
     pretrain.main(["--data", here, *TINY])
     for name in ("checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"):
