@@ -1,13 +1,40 @@
-# make demo: toy videos, pre-training, loss curve and figure.   make test: the tests.
-# Both first make .venv, once. With another Python: make demo PYTHON=python3.12
+# make demo: toy videos, pre-training, fine-tuning, linear probe.   make test: the tests.
+# Both first make .venv, once. With another Python: make demo PYTHON=python3.12. Another seed: make demo SEED=1
 PYTHON ?= python3
+SEED ?= 0
 RUN = .venv/bin/python
+S := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
+PRE = runs/pretrain-toy$S
+FINE = $(RUN) finetune.py --seed $(SEED) --name
+SCRATCH = --init none --init-scale 1 --base-lr 0.008
+PROBE = $(RUN) linprobe.py --seed $(SEED) --name
+STAGES = finetune-toy$S scratch-toy$S scratch2-toy$S linprobe-toy$S linprobe-random-toy$S
+.SECONDARY:
 
-demo: runs/pretrain-toy/reconstruction.png
-	@echo "Look at runs/pretrain-toy/loss.png and runs/pretrain-toy/reconstruction.png"
+demo: $(STAGES:%=runs/%/results.json)
+	@echo "Top-1 of 600 test videos; 10 labelled videos per class:"
+	@$(RUN) -c "import json, sys; [print(f'{name:28}{json.load(open(f\"runs/{name}/results.json\"))[\"top1\"]:6.2f} %') \
+	  for name in sys.argv[1:]]" $(STAGES)
+	@echo "(scratch: the same fine-tuning without pre-training; scratch2: twice as long; random: an untrained encoder)"
+	@echo "Look at $(PRE)/reconstruction.png and runs/finetune-toy$S/classes.png"
 
-runs/pretrain-toy/reconstruction.png: | .venv/installed
-	$(RUN) pretrain.py $(if $(wildcard runs/pretrain-toy/checkpoint.pt),--resume)
+$(PRE)/reconstruction.png: | .venv/installed
+	$(RUN) pretrain.py --seed $(SEED) --name pretrain-toy$S $(if $(wildcard $(PRE)/checkpoint.pt),--resume)
+
+runs/finetune-toy$S/results.json: $(PRE)/reconstruction.png
+	$(FINE) finetune-toy$S --init $(PRE)/checkpoint.pt $(if $(wildcard $(@D)/checkpoint.pt),--resume)
+
+runs/scratch-toy$S/results.json: $(PRE)/reconstruction.png
+	$(FINE) scratch-toy$S $(SCRATCH) $(if $(wildcard $(@D)/checkpoint.pt),--resume)
+
+runs/scratch2-toy$S/results.json: $(PRE)/reconstruction.png
+	$(FINE) scratch2-toy$S $(SCRATCH) --epochs 40 $(if $(wildcard $(@D)/checkpoint.pt),--resume)
+
+runs/linprobe-toy$S/results.json: $(PRE)/reconstruction.png
+	$(PROBE) linprobe-toy$S --init $(PRE)/checkpoint.pt
+
+runs/linprobe-random-toy$S/results.json: $(PRE)/reconstruction.png
+	$(PROBE) linprobe-random-toy$S --init random
 
 test: .venv/installed
 	$(RUN) -m pytest

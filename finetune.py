@@ -8,7 +8,7 @@
     python finetune.py ucf101 --predict a.avi b.mp4                # top 5 classes of any videos
 
 CKPT is a checkpoint of pretrain.py, an official .pth, or a Hugging Face folder. Leaves runs/NAME/ with checkpoint.pt,
-log.jsonl, loss.png, predictions.csv (one line per test video) and classes.png (accuracy of every class).
+log.jsonl, loss.png, results.json, predictions.csv (a line per test video) and classes.png (accuracy of every class).
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Config:
     test_data: str | None = opt(None, "folder of the test videos; None: as --data")
     test_splits: str | None = opt(None, "list of the test videos, lines `path label`; None: as --splits")
     fold: int = opt(1, "official split, 1 to 3", 1)
-    shots: int | None = opt(None, "labelled training videos per class, drawn by the seed; None: all", 1)
+    shots: int = opt(0, "labelled training videos per class, drawn by the seed; 0: all", 0)
     frames: int = opt(16, "frames of a clip", 1)
     stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
     sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
@@ -243,7 +243,9 @@ def draw_shots(split: Split, shots: int, seed: int) -> Split:
     for label, name in enumerate(split.classes):
         mine = [i for i in order if split.labels[i] == label][:shots]
         if len(mine) < shots:
-            raise ValueError(f"--shots {shots}, but class {name} has {len(mine)} training videos")
+            raise ValueError(
+                f"--shots {shots}, but class {name} has {len(mine)} training videos: lower it, 0 takes all"
+            )
         chosen += mine
     return Split([split.paths[i] for i in chosen], [split.labels[i] for i in chosen], split.classes)
 
@@ -390,7 +392,7 @@ def main(argv: list[str]) -> None:
     if processes > 1:
         dist.barrier()
     split, test = read_parts(cfg)
-    split = draw_shots(split, cfg.shots, cfg.seed) if cfg.shots else split
+    split = draw_shots(split, cfg.shots, cfg.seed) if cfg.shots and not cfg.eval_only else split
     augment = finetune_transform(cfg.resolution, cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
     videos = Videos(split, sample, augment, cfg.repeats, same_time=True)
     tests = Views(test.paths, views, **view_sizes)
@@ -502,7 +504,8 @@ def main(argv: list[str]) -> None:
         for error in bad.values():
             print(f"left out, unreadable: {error}")
         result = accuracies(scores, best, test.labels)
-        log.write(views=[cfg.clips, cfg.crops], **result)
+        about = dict(init=cfg.init, step=start if cfg.eval_only else steps, views=[cfg.clips, cfg.crops])
+        (run / "results.json").write_text(json.dumps(dict(about, **result, config=asdict(cfg)), indent=1) + "\n")
         write_predictions(run / "predictions.csv", test, scores)
         visualize.plot_classes(run / "predictions.csv", run / "classes.png")
         print(

@@ -41,7 +41,7 @@ class Config:
     test_data: str | None = opt(None, "folder of the test videos; None: as --data")
     test_splits: str | None = opt(None, "list of the test videos, lines `path label`; None: as --splits")
     fold: int = opt(1, "official split, 1 to 3", 1)
-    shots: int | None = opt(None, "labelled training videos per class, drawn by the seed; None: all", 1)
+    shots: int = opt(0, "labelled training videos per class, drawn by the seed; 0: all", 0)
     frames: int = opt(16, "frames of a clip", 1)
     stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
     sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
