@@ -133,6 +133,11 @@ PRESETS = {
                    layer_decay=0.7, clips=10),
     "ssv2": dict(sampling="uniform", epochs=40, batch=512, base_lr=5e-4, flip=False, clips=2),
     "k400": dict(stride=4, epochs=75, batch=512, base_lr=1e-3, clips=5),
+    # Ours, for one GPU, after the pre-training recipes of the same names. Not yet run.
+    "ucf101-short": dict(size="small", stride=4, epochs=50, batch=128, base_lr=1e-3, min_lr=1e-5, layer_decay=0.7,
+                         clips=5),
+    "hmdb51-short": dict(size="small", stride=2, epochs=50, batch=128, base_lr=1e-3, min_lr=1e-5, layer_decay=0.7,
+                         clips=10),
 }  # fmt: skip
 
 

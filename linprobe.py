@@ -82,6 +82,8 @@ PRESETS = {
     "hmdb51": dict(stride=2, clips=10),
     "ssv2": dict(sampling="uniform", clips=2),
     "k400": dict(stride=4, clips=5, flip=True),
+    "ucf101-short": dict(size="small", stride=4, clips=5),
+    "hmdb51-short": dict(size="small", stride=2, clips=10),
 }  # fmt: skip
 
 NOT_IN_FEATURES = set("epochs batch base_lrs warmup name device workers features videos".split())
