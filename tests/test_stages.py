@@ -59,7 +59,7 @@ def test_pretrain_then_visualize(here, capsys):
     assert first["config"]["model"]["decoder_depth"] == 1 and first["predict_nothing"] == pytest.approx(1, abs=0.02)
     lines = [json.loads(line) for line in open("runs/pretrain-toy/log.jsonl")][1:]
     assert [line["step"] for line in lines] == list(range(1, 10))
-    peak, floor = 3.2e-2 * 8 / 256, 3.2e-4 * 8 / 256
+    peak, floor = 9.6e-2 * 8 / 256, 9.6e-4 * 8 / 256
     assert [line["lr"] for line in lines] == [engine.cosine_lr(step, 9, 1, peak, floor) for step in range(9)]
     capsys.readouterr()
 
