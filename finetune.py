@@ -18,7 +18,7 @@ import json
 import math
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -102,7 +102,7 @@ class Config:
     clips: int = opt(5, "test clips of a video", 1)
     crops: int = opt(3, "test crops of a clip", 1)
     validate: int = opt(0, "epochs between looks at the test videos, one view each, for the curve alone; 0: never", 0)
-    eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init if that is given")
+    eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init, on clips like those it was trained on")
     predict: tuple[str, ...] | None = opt(None, "print the top 5 classes of these videos, with the same checkpoint")
     # run
     name: str | None = opt(None, "results go to runs/NAME; None: finetune-PRESET")
@@ -114,6 +114,7 @@ class Config:
     save_minutes: float = opt(10, "minutes from one checkpoint and loss curve to the next")
 
 
+CLIP = ("frames", "stride", "sampling", "resolution")
 MAY_CHANGE = set(
     "data splits test_data test_splits workers micro init least clips crops validate eval_only predict name "
     "resume device compile checkpointing save_minutes".split()
@@ -156,8 +157,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Files: ours; official .pth with the weights under "model", under "module" or bare; .safetensors. Arguments are those
     of VideoMAE or Classifier, of files without any those that the shapes show; of classifiers also "labels", the names
-    of the classes, where they are known. Nothing is executed: weights_only, and argparse.Namespace, which official
-    files contain.
+    of the classes, and "clip", the settings CLIP, where they are known. Nothing is executed: weights_only,
+    and argparse.Namespace, which official files contain.
     """
     path, content, config = Path(path), {}, None
     if not path.exists():
@@ -185,7 +186,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not state:
         raise ValueError(f"{path} holds no weights")
     if "stage" in content:
-        return state, content["config"]["model"] | {"labels": content["config"].get("classes")}
+        about, stage = content["config"], content["config"]["stage"]
+        clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" else {}
+        return state, about["model"] | dict(labels=about.get("classes"), clip=clip)
     return state, hf_arguments(config, state) if config else infer_config(state)
 
 
@@ -333,6 +336,12 @@ def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
             )
 
 
+def source(preset: str, cfg: Config, run: Path) -> str:
+    """Where the weights come from: --init, or the run itself for evaluation, or the pre-training of the same preset."""
+    ready = cfg.eval_only or cfg.predict
+    return cfg.init or str((run if ready else Path("runs") / f"pretrain-{preset}") / "checkpoint.pt")
+
+
 def encoder_arguments(found: dict, cfg) -> dict:
     """What a model needs to take weights with the arguments `found` (see read_weights), for the clips of `cfg`.
 
@@ -349,8 +358,7 @@ def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tup
 
     `classes` are those of the data, or None where no data is read.
     """
-    ready = cfg.eval_only or cfg.predict  # needs a trained head
-    path = cfg.init or str(run / "checkpoint.pt" if ready else Path("runs") / f"pretrain-{preset}" / "checkpoint.pt")
+    ready, path = cfg.eval_only or cfg.predict, source(preset, cfg, run)  # ready: needs a trained head
     new = dict(drop_path=cfg.drop_path, head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
     if path == "none" and ready:
         raise ValueError("--init none has no trained head: there is nothing to evaluate")
@@ -373,6 +381,8 @@ def main(argv: list[str]) -> None:
     device, rank, processes = engine.setup(cfg.device)
     run = Path("runs") / (cfg.name or f"finetune-{preset}")
     dtype = engine.precision_dtype(cfg.precision, device)
+    if (cfg.eval_only or cfg.predict) and source(preset, cfg, run) != "none":  # the clips that it was trained on
+        cfg = replace(cfg, **read_weights(source(preset, cfg, run))[1].get("clip", {}))
     sample, views = SAMPLING[cfg.sampling]
     sample = partial(sample, frames=cfg.frames, stride=cfg.stride)
     view_sizes = dict(frames=cfg.frames, stride=cfg.stride, clips=cfg.clips, size=cfg.resolution, crops=cfg.crops)

@@ -198,7 +198,8 @@ def main(argv: list[str]) -> None:
     train = draw_shots(train, cfg.shots, cfg.seed) if cfg.shots else train
     kept = {k: v for k, v in asdict(cfg).items() if k not in NOT_IN_FEATURES}
     about = json.dumps(kept | dict(init=init, written=os.path.getmtime(init) if init != "random" else None,
-                                   train=[str(p) for p in train.paths], test=[str(p) for p in test.paths]))  # fmt: skip
+                                   train=[str(p) for p in train.paths], labels=train.labels,
+                                   test=[str(p) for p in test.paths]))  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     cache = run / "features.npz"
     saved = np.load(cache, allow_pickle=False) if cache.exists() else {"about": ""}

@@ -263,6 +263,20 @@ def test_eval_only_repeats_the_evaluation(here, capsys):
     assert "top-1" in capsys.readouterr().out
 
 
+def test_evaluation_takes_the_clips_of_the_training(here, monkeypatch):
+    finetune.main(["--data", here, *SMALL, "--name", "larger", "--resolution", "56", "--stride", "1"])
+    seen, original = [], finetune.Views
+
+    def views(paths, rule, **sizes):
+        seen.append(sizes)
+        return original(paths, rule, **sizes)
+
+    monkeypatch.setattr(finetune, "Views", views)
+    finetune.main(["--data", here, "--name", "larger", "--eval-only"])
+    finetune.main(["--name", "larger", "--predict", f"{here}/Pulse/v_Pulse_g01_c01.avi"])
+    assert all(sizes["size"] == 56 and sizes["stride"] == 1 for sizes in seen) and len(seen) == 3
+
+
 def test_evaluation_is_the_same_with_two_processes(here):
     first = predictions("finetune-toy")
     script = os.path.join(os.path.dirname(finetune.__file__), "finetune.py")
