@@ -53,7 +53,8 @@ def cli(main) -> None:
     try:
         return main(sys.argv[1:])
     except ValueError as error:
-        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if raised_in.parent != Path(__file__).resolve().parent:
             raise
         message = str(error)
     print(f"error: {message}", file=sys.stderr)  # out here the progress bar is closed

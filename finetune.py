@@ -345,7 +345,8 @@ def source(preset: str, cfg: Config, run: Path) -> str:
 def encoder_arguments(found: dict, cfg) -> dict:
     """What a model needs to take weights with the arguments `found` (see read_weights), for the clips of `cfg`.
 
-    Unless they say otherwise, weights are taken to be for 16x224x224, and cubes and positions to be those of the flags.
+    Unless they say otherwise, weights are taken to be for 16x224x224 and the official positions, and cubes to be those
+    of the flags.
     """
     cube = tuple(found.get("cube", cfg.cube))
     trained = found.get("trained_grid") or grid_of(found.get("video_size", (16, 224, 224)), cube)
@@ -359,6 +360,13 @@ def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tup
     `classes` are those of the data, or None where no data is read.
     """
     ready, path = cfg.eval_only or cfg.predict, source(preset, cfg, run)  # ready: needs a trained head
+    if cfg.resume and not ready:  # whatever --init names by now
+        about = engine.load_checkpoint(run / "checkpoint.pt", "finetune")["config"]
+        if about["classes"] != classes:
+            raise ValueError(
+                f"--resume with other classes than before: {', '.join(set(about['classes']) ^ set(classes))}"
+            )
+        return Classifier(**about["model"]), classes, f"going on with {run}"
     new = dict(drop_path=cfg.drop_path, head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
     if path == "none" and ready:
         raise ValueError("--init none has no trained head: there is nothing to evaluate")
@@ -371,9 +379,15 @@ def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tup
         raise ValueError(f"{path} has no trained head: fine-tune it first")
     if ready and classes and len(classes) != len(names):
         raise ValueError(f"{path} knows {len(names)} classes, the videos have {len(classes)}")
+    if ready and classes and set(names) == set(classes) and names != classes:
+        raise ValueError(f"{path} knows the classes in another order: {', '.join(names[:3])} ...")
     classes = classes or names
     model = Classifier(classes=len(classes), **encoder_arguments(found, cfg), **new)
-    return model, classes, f"{path}: {load_weights(model, to_ours(state, model.encoder.cube[0]), cfg.least)}"
+    state = to_ours(state, model.encoder.cube[0])
+    absent = [name for name in model.state_dict() if name not in state]
+    if ready and absent:
+        raise ValueError(f"{path} is no whole classifier, it has no {', '.join(absent[:4])}: fine-tune it first")
+    return model, classes, f"{path}: {load_weights(model, state, cfg.least)}"
 
 
 def main(argv: list[str]) -> None:
@@ -387,11 +401,15 @@ def main(argv: list[str]) -> None:
     sample = partial(sample, frames=cfg.frames, stride=cfg.stride)
     view_sizes = dict(frames=cfg.frames, stride=cfg.stride, clips=cfg.clips, size=cfg.resolution, crops=cfg.crops)
 
+    for name, most in dict(magnitude=10, smallest=1, erase=1, smoothing=1, drop_path=1, head_dropout=1).items():
+        if getattr(cfg, name) > most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at most {most}")
+
     torch.manual_seed(cfg.seed)
     if cfg.predict:
         model, classes, report = build(preset, cfg, run, None)
         print(report)
-        for path in cfg.predict:
+        for path in cfg.predict if rank == 0 else ():
             scores, _ = score_videos(model.to(device), Views([path], views, **view_sizes), device, dtype)
             best = scores[0].topk(min(5, len(classes)))
             print(path, *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
@@ -414,7 +432,9 @@ def main(argv: list[str]) -> None:
     one_view = Views(test.paths, views, **view_sizes | dict(clips=1, crops=1))
     mix = make_mixer(len(split.classes), cfg.mixup, cfg.cutmix)
 
-    micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
+    micro, passes = (1, 1) if cfg.eval_only else engine.split_batch(cfg.batch, processes, cfg.micro)
+    if micro == 1 and not cfg.eval_only and (cfg.mixup or cfg.cutmix):
+        raise ValueError("one video at a time has no other to mix with: --micro 2 or more, or --mixup 0 --cutmix 0")
     per_epoch = max(len(videos) // cfg.batch, 1)
     steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
     peak, floor = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
@@ -436,8 +456,8 @@ def main(argv: list[str]) -> None:
     net = torch.compile(model) if cfg.compile else model
     net = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
 
-    log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
     if not cfg.eval_only:
+        log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
         order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
         batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
     if rank == 0:
@@ -511,15 +531,20 @@ def main(argv: list[str]) -> None:
             scores, best = score_videos(model, one_view, device, dtype, rank, processes, cfg.workers)
             log.write(step=done, top1=accuracies(scores, best, test.labels)["top1"])
             logged = time.time()
-    log.bar.close()
+    if not cfg.eval_only:
+        log.bar.close()
 
     # The paper's protocol: several clips and crops of every test video, mean of their softmax scores.
-    scores, best = score_videos(model, tests, device, dtype, rank, processes, cfg.workers)
+    try:
+        scores, best = score_videos(model, tests, device, dtype, rank, processes, cfg.workers)
+    except ValueError as error:
+        raise ValueError(f"{error} (training is saved: mend the list or the file, then --eval-only)") from error
     if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
         for error in bad.values():
             print(f"left out, unreadable: {error}")
         result = accuracies(scores, best, test.labels)
-        about = dict(init=cfg.init, step=start if cfg.eval_only else steps, views=[cfg.clips, cfg.crops])
+        about = dict(weights=source(preset, cfg, run), views=[cfg.clips, cfg.crops])
         (run / "results.json").write_text(json.dumps(dict(about, **result, config=asdict(cfg)), indent=1) + "\n")
         write_predictions(run / "predictions.csv", test, scores)
         visualize.plot_classes(run / "predictions.csv", run / "classes.png")

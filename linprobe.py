@@ -13,6 +13,7 @@ Leaves runs/NAME/ with features.npz, results.json, predictions.csv and classes.p
 
 import json
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import engine
 import visualize
-from data import SAMPLING, TOY, Videos, Views, derive_seed, make_loader, pretrain_transform, read_split
+from data import SAMPLING, TOY, Videos, Views, derive_seed, make_loader, make_toy, pretrain_transform, read_split
 from engine import opt
 from finetune import accuracies, draw_shots, encoder_arguments, read_parts, read_weights, write_predictions
 from model import POSITIONS, SIZES, Encoder, load_weights, set_eps, to_ours, widths
@@ -182,6 +183,12 @@ def main(argv: list[str]) -> None:
     loader = partial(DataLoader, batch_size=None, num_workers=cfg.workers)
     if cfg.videos and not cfg.features:
         raise ValueError("--videos goes with --features: name the .npz file to write")
+    if cfg.features and (Path(cfg.features).suffix != ".npz" or not Path(cfg.features).parent.is_dir()):
+        raise ValueError(f"--features {cfg.features} must be an .npz file in a folder that exists")
+    if cfg.data is None and not cfg.videos:
+        raise ValueError(f"--data is missing: the folder with the videos of {preset}")
+    if cfg.data == TOY and not cfg.videos:
+        make_toy(TOY)
 
     # Features of any videos: export them and stop.
     if cfg.features:
@@ -196,13 +203,21 @@ def main(argv: list[str]) -> None:
     # Features of the training and test videos, from the cache where it is of the same videos, views and weights.
     train, test = read_parts(cfg)
     train = draw_shots(train, cfg.shots, cfg.seed) if cfg.shots else train
+    if len(train.paths) < 10:
+        raise ValueError(f"{len(train.paths)} labelled videos are too few to choose a learning rate: 10 or more")
     kept = {k: v for k, v in asdict(cfg).items() if k not in NOT_IN_FEATURES}
-    about = json.dumps(kept | dict(init=init, written=os.path.getmtime(init) if init != "random" else None,
+    stamp = lambda path: (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+    weights = [] if init == "random" else [init, *sorted(Path(init).glob("*"))]
+    files = [stamp(path) for path in (*weights, *train.paths, *test.paths)]
+    about = json.dumps(kept | dict(init=init, files=files,
                                    train=[str(p) for p in train.paths], labels=train.labels,
                                    test=[str(p) for p in test.paths]))  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     cache = run / "features.npz"
-    saved = np.load(cache, allow_pickle=False) if cache.exists() else {"about": ""}
+    try:
+        saved = dict(np.load(cache, allow_pickle=False))
+    except (OSError, ValueError, zipfile.BadZipFile):  # none, or a broken one
+        saved = {"about": ""}
     if str(saved["about"]) != about:
         augmented = Videos(train, partial(sample, **clip), pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
         keys = [[(i, derive_seed(8, cfg.seed, i))] for i in range(len(train.paths))]
@@ -223,7 +238,8 @@ def main(argv: list[str]) -> None:
             about=about, train=train_features.numpy(), train_labels=np.array(labels),
             test=extract(encoder, test_clips, len(test.paths), device, dtype).numpy(),
         )  # fmt: skip
-        np.savez(cache, **saved)
+        np.savez(cache.with_suffix(".part.npz"), **saved)
+        os.replace(cache.with_suffix(".part.npz"), cache)
         for error in bad.values():
             print(f"left out, unreadable: {error}")
     features, labels = torch.from_numpy(saved["train"]).to(device), torch.from_numpy(saved["train_labels"]).to(device)

@@ -300,6 +300,22 @@ def odd_list(here):
     return "odd.txt"
 
 
+def test_evaluation_leaves_the_log_alone_and_refuses_what_does_not_fit(here, tmp_path):
+    before = open("runs/finetune-toy/log.jsonl").read()
+    finetune.main(["--data", here, "--eval-only", "--epochs", "3", "--precision", "fp32"])
+    assert open("runs/finetune-toy/log.jsonl").read() == before
+    state = torch.load("runs/finetune-toy/checkpoint.pt", weights_only=True)
+    state["config"]["classes"].reverse()
+    torch.save(state, tmp_path / "other-order.pt")
+    with pytest.raises(ValueError, match="another order"):
+        finetune.main(["--data", here, "--eval-only", "--init", str(tmp_path / "other-order.pt"), "--name", "other"])
+    state["config"]["classes"].reverse()
+    del state["model"]["fc_norm.weight"]
+    torch.save(state, tmp_path / "no-norm.pt")
+    with pytest.raises(ValueError, match="no fc_norm.weight"):
+        finetune.main(["--data", here, "--eval-only", "--init", str(tmp_path / "no-norm.pt"), "--name", "other"])
+
+
 def test_predict_names_five_classes(here, capsys):
     video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
     finetune.main(["--predict", video, video])
@@ -318,7 +334,7 @@ def test_resumed_finetuning_is_the_uninterrupted_one(here, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             finetune.main(flags)
     assert engine.load_checkpoint("runs/resumed/checkpoint.pt", "finetune")["step"] == 1
-    finetune.main([*flags, "--resume"])
+    finetune.main([*flags, "--resume", "--init", "gone.pt"])  # what it started from is no longer needed
     whole, resumed = ({line["step"]: line["loss"] for line in lines(n) if "loss" in line} for n in ("whole", "resumed"))
     assert whole == resumed and len(whole) == 4
     with pytest.raises(ValueError, match="base_lr"):
@@ -336,7 +352,8 @@ def test_accumulation_changes_nothing(here):
 
 
 def test_from_scratch_with_validation(here):
-    finetune.main(["--data", here, *SMALL, "--init", "none", "--name", "scratch", "--validate", "1"])
+    finetune.main(["--data", here, *SMALL, "--init", "none", "--name", "scratch", "--validate", "1",
+                   "--checkpointing", "--clip-grad", "1", "--head-dropout", "0.1"])  # fmt: skip
     assert [line["step"] for line in lines("scratch") if "top1" in line and "step" in line] == [2]
 
 
@@ -353,6 +370,9 @@ def test_linear_probe_chooses_on_training_videos_and_caches_features(here, capsy
         linprobe.main(flags)
         with pytest.raises(TypeError):
             linprobe.main([*flags, "--stride", "1"])  # other features
+    with open("runs/linprobe-toy/features.npz", "r+b") as file:
+        file.truncate(1000)
+    linprobe.main(flags)  # a broken cache is as none
     assert json.load(open("runs/linprobe-toy/results.json")) == first
     linprobe.main([*flags, "--init", "random"])
     other = np.load("runs/linprobe-toy-random/features.npz", allow_pickle=False)
@@ -367,6 +387,16 @@ def test_features_of_any_videos(here):
     assert out["paths"].tolist() == videos and out["features"].shape == (2, 128)
     linprobe.main(["--features", "all.npz", "--data", here])
     assert len(np.load("all.npz")["paths"]) == 36
+
+
+def test_linear_probe_mistakes_are_told_in_one_line(here):
+    for flags, message in (
+        (["--features", "nowhere/out.npz", "--data", here], "in a folder that exists"),
+        (["--videos", "a.avi"], "goes with --features"),
+        (["--data", here, "--shots", "0", "--init", "nowhere.pt"], "nowhere.pt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linprobe.main(flags)
 
 
 def test_head_finds_what_is_linear():
@@ -391,6 +421,8 @@ def test_head_finds_what_is_linear():
         (["--init", "none", "--eval-only"], "no trained head"),
         (["--init", "runs/pretrain-toy/checkpoint.pt", "--eval-only"], "no trained head"),
         (["--shots", "9"], "--shots 9"),
+        (["--erase", "2"], "--erase 2.0 must be at most 1"),
+        (["--batch", "1", "--mixup", "0.8"], "no other to mix with"),
         (["--epochs", "2"], "--warmup 2"),
         (["--resolution", "60"], "multiple of"),
         (["--test-splits", "same.txt", "--splits", "same.txt"], "no test part"),
