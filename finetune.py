@@ -186,8 +186,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not state:
         raise ValueError(f"{path} holds no weights")
     if "stage" in content:
-        about, stage = content["config"], content["config"]["stage"]
-        clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" else {}
+        about, stage = content["config"], content["config"].get("stage", {})
+        clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" and stage else {}
         return state, about["model"] | dict(labels=about.get("classes"), clip=clip)
     return state, hf_arguments(config, state) if config else infer_config(state)
 

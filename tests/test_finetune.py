@@ -363,7 +363,7 @@ def test_linear_probe_chooses_on_training_videos_and_caches_features(here, capsy
     linprobe.main(flags)
     first, out = json.load(open("runs/linprobe-toy/results.json")), capsys.readouterr().out
     assert set(first["sweep"]) == {"0.1", "1.0"} and "each while held out" in out
-    saved = np.load("runs/linprobe-toy/features.npz", allow_pickle=False)
+    saved = dict(np.load("runs/linprobe-toy/features.npz", allow_pickle=False))
     assert saved["train"].shape == (24, 2, 128) and saved["test"].shape == (12, 2, 128)
     with monkeypatch.context() as patch:
         patch.setattr(linprobe, "extract", None)  # must not be needed again

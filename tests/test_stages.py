@@ -224,7 +224,7 @@ def test_psnr_and_baselines():
         (pretrain, "--data TOY --splits nowhere", "nowhere"),
         (pretrain, "--data texts --batch 4 --workers 0", "texts/"),
         (pretrain, "--data TOY --batch 500", "500"),
-        (pretrain, "--data TOY --batch 8 --resume", "no checkpoint"),
+        (pretrain, "--data TOY --batch 8 --resume", "No such file"),
         (pretrain, "--data TOY --batch 8 --ratio 1", "ratio 1.0"),
         (pretrain, "--data TOY --batch 8 --resolution 60", "60"),
         (pretrain, "--data TOY --target center --mask random", "--mask tube"),
