@@ -188,7 +188,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if "stage" in content:
         about, stage = content["config"], content["config"].get("stage", {})
         clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" and stage else {}
-        return state, about["model"] | dict(labels=about.get("classes"), clip=clip)
+        named = dict(labels=about["classes"]) if "classes" in about else {}
+        return state, about["model"] | named | (dict(clip=clip) if clip else {})
     return state, hf_arguments(config, state) if config else infer_config(state)
 
 
