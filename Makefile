@@ -9,7 +9,6 @@ FINE = $(RUN) finetune.py --seed $(SEED) --name
 SCRATCH = --init none --init-scale 1 --base-lr 0.008
 PROBE = $(RUN) linprobe.py --seed $(SEED) --name
 STAGES = finetune-toy$S scratch-toy$S scratch2-toy$S linprobe-toy$S linprobe-random-toy$S
-.SECONDARY:
 
 demo: $(STAGES:%=runs/%/results.json)
 	@echo "Top-1 of 600 test videos; 10 labelled videos per class:"

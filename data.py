@@ -494,6 +494,16 @@ def collate(items) -> tuple[Tensor | None, Tensor, dict[str, str]]:
     return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), unreadable
 
 
+def note_unreadable(bad: dict[str, str], unreadable: dict[str, str], clips: Tensor | None, total: int) -> None:
+    """Add a batch's unreadable files to those of the run, `bad`, {path: error}.
+
+    Raises ValueError when they are over a tenth of the `total` videos, or when a batch found none that it could read.
+    """
+    bad.update(unreadable)
+    if clips is None or len(bad) > total / 10:
+        raise ValueError(f"over a tenth of the videos cannot be read, for example {next(iter(bad.values()))}")
+
+
 class Order(Sampler):
     """Keys of every micro-batch of this process, from step `start` to `steps`; a batch sampler for a DataLoader.
 

@@ -119,9 +119,8 @@ def load_checkpoint(path: str | Path, stage: str) -> dict:
     return state
 
 
-def resume(path: Path, stage: str, config: dict, may_change: set, **parts) -> int:
+def resume(state: dict, config: dict, may_change: set, **parts) -> int:
     """Load model, optimizer and scaler from a checkpoint; the step it stopped at. ValueError if the recipe changed."""
-    state = load_checkpoint(path, stage)
     old, new = (dict(about["stage"], videos=about.get("videos")) for about in (state["config"], config))
     if changed := [key for key, value in old.items() if key not in may_change and value != new.get(key)]:
         raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")

@@ -47,6 +47,7 @@ from data import (
     finetune_transform,
     make_loader,
     make_toy,
+    note_unreadable,
     read_split,
 )
 from engine import opt
@@ -54,8 +55,9 @@ from model import EPS, POSITIONS, SIZES, Classifier, grid_of, infer_config, load
 
 
 @dataclass
-class Config:
-    # data
+class DataConfig:
+    """The flags of labelled videos and of their test views, of this stage and of linprobe.py."""
+
     data: str | None = opt(None, "folder of the videos")
     splits: str | None = opt(None, "folder of official split files, or a list of lines `path label`")
     test_data: str | None = opt(None, "folder of the test videos; None: as --data")
@@ -66,6 +68,12 @@ class Config:
     stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
     sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
     resolution: int = opt(224, "height and width of a clip, pixels", 1)
+    clips: int = opt(5, "test clips of a video", 1)
+    crops: int = opt(3, "test crops of a clip", 1)
+
+
+@dataclass
+class Config(DataConfig):
     workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     # augmentation
     repeats: int = opt(2, "augmentations of each decoded clip; multiplies a step's clips, not its learning rate", 1)
@@ -99,8 +107,6 @@ class Config:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products; auto: bf16 if in hardware")
     seed: int = opt(0, "the only source of randomness: order, crops, dropout, weights", 0)
     # evaluation
-    clips: int = opt(5, "test clips of a video", 1)
-    crops: int = opt(3, "test crops of a clip", 1)
     validate: int = opt(0, "epochs between looks at the test videos, one view each, for the curve alone; 0: never", 0)
     eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init, on clips like those it was trained on")
     predict: tuple[str, ...] | None = opt(None, "print the top 5 classes of these videos, with the same checkpoint")
@@ -227,7 +233,7 @@ def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
     return dict(arguments, classes=classes, labels=[names.get(str(i), f"class {i}") for i in range(classes)])
 
 
-def read_parts(cfg: Config) -> tuple[Split, Split]:
+def read_parts(cfg: DataConfig) -> tuple[Split, Split]:
     """The labelled training and test videos; ValueError where labels or a test part are missing or do not fit."""
     train = read_split(cfg.data, cfg.splits, cfg.fold)
     test = read_split(cfg.test_data or cfg.data, cfg.test_splits or cfg.splits, cfg.fold, train=False)
@@ -248,14 +254,15 @@ def read_parts(cfg: Config) -> tuple[Split, Split]:
 def draw_shots(split: Split, shots: int, seed: int) -> Split:
     """`shots` videos of each class, drawn by the seed; ValueError where a class has fewer."""
     order = torch.randperm(len(split.paths), generator=torch.Generator().manual_seed(derive_seed(6, seed))).tolist()
-    chosen = []
-    for label, name in enumerate(split.classes):
-        mine = [i for i in order if split.labels[i] == label][:shots]
-        if len(mine) < shots:
+    mine, chosen = [[] for _ in split.classes], []
+    for i in order:
+        mine[split.labels[i]].append(i)
+    for name, videos in zip(split.classes, mine, strict=True):
+        if len(videos) < shots:
             raise ValueError(
-                f"--shots {shots}, but class {name} has {len(mine)} training videos: lower it, 0 takes all"
+                f"--shots {shots}, but class {name} has {len(videos)} training videos: lower it, 0 takes all"
             )
-        chosen += mine
+        chosen += videos[:shots]
     return Split([split.paths[i] for i in chosen], [split.labels[i] for i in chosen], split.classes)
 
 
@@ -279,12 +286,15 @@ def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
     for name, parameter in model.named_parameters():
         block = re.match(r"encoder\.blocks\.(\d+)", name)
         layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.patch_embed") else last
-        key = (
-            0.0 if parameter.ndim == 1 else weight_decay,
-            layer_decay ** (last - layer),
-        )
+        key = (0.0 if parameter.ndim == 1 else weight_decay, layer_decay ** (last - layer))
         groups.setdefault(key, []).append(parameter)
     return [dict(params=groups[key], weight_decay=key[0], scale=key[1]) for key in sorted(groups, reverse=True)]
+
+
+def make_views(cfg: DataConfig, paths: list) -> Views:
+    """The test views of videos that the flags ask for."""
+    return Views(paths, SAMPLING[cfg.sampling][1], frames=cfg.frames, stride=cfg.stride, clips=cfg.clips,
+                 size=cfg.resolution, crops=cfg.crops)  # fmt: skip
 
 
 @torch.no_grad()
@@ -328,13 +338,40 @@ def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
     best = scores.topk(min(5, scores.shape[1]))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "label", "prediction", "correct", "top5", "probabilities"])
+        writer.writerow(visualize.PREDICTIONS)
         for video, label, values, indices in zip(split.paths, split.labels, *best, strict=True):
             top = [split.classes[i] for i in indices]
             probabilities = ";".join(f"{value:.6f}" for value in values)
             writer.writerow(
                 [video, split.classes[label], top[0], int(indices[0] == label), ";".join(top), probabilities]
             )
+
+
+def write_results(run: Path, test: Split, scores: Tensor, view_classes: Tensor, **about) -> dict[str, float]:
+    """Leave results.json (with `about`), predictions.csv and classes.png in a run's folder; returns the accuracies."""
+    result = accuracies(scores, view_classes, test.labels)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "results.json").write_text(json.dumps(about | result, indent=1) + "\n")
+    write_predictions(run / "predictions.csv", test, scores)
+    visualize.plot_classes(run / "predictions.csv", run / "classes.png")
+    return result
+
+
+def evaluate(
+    model, test: Split, weights: str, cfg: Config, run: Path, device, dtype, rank: int, processes: int
+) -> None:
+    """The paper's protocol: several clips and crops of every test video, mean of their softmax scores."""
+    try:
+        scores, best = score_videos(model, make_views(cfg, test.paths), device, dtype, rank, processes, cfg.workers)
+    except ValueError as error:
+        raise ValueError(f"{error} (training is saved: mend the list or the file, then --eval-only)") from error
+    if rank == 0:
+        about = dict(weights=weights, views=[cfg.clips, cfg.crops], config=asdict(cfg))
+        result = write_results(run, test, scores, best, **about)
+        print(
+            f"{len(test.paths)} test videos, {cfg.clips} x {cfg.crops} views: top-1 {result['top1']:.2f} %, top-5 "
+            f"{result['top5']:.2f} %, mean of classes {result['class_mean']:.2f} %; single views {result['view']:.2f} %"
+        )
 
 
 def source(preset: str, cfg: Config, run: Path) -> str:
@@ -355,26 +392,30 @@ def encoder_arguments(found: dict, cfg) -> dict:
                 positions=found.get("positions", "1d"), trained_grid=trained, eps=found.get("eps", EPS))  # fmt: skip
 
 
-def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tuple[Classifier, list[str], str]:
+def build(
+    preset: str, cfg: Config, run: Path, classes: list[str] | None, resumed: dict | None = None
+) -> tuple[Config, Classifier, list[str], str]:
     """The classifier that the flags ask for, its class names, and which weights were found.
 
-    `classes` are those of the data, or None where no data is read.
+    `classes` are those of the data, or None where no data is read; `resumed` a checkpoint of this stage to go on with.
+    The flags come back too: for evaluation, with the clips that the weights were trained on.
     """
-    ready, path = cfg.eval_only or cfg.predict, source(preset, cfg, run)  # ready: needs a trained head
-    if cfg.resume and not ready:  # whatever --init names by now
-        about = engine.load_checkpoint(run / "checkpoint.pt", "finetune")["config"]
+    if resumed:  # whatever --init names by now
+        about = resumed["config"]
         if about["classes"] != classes:
             raise ValueError(
                 f"--resume with other classes than before: {', '.join(set(about['classes']) ^ set(classes))}"
             )
-        return Classifier(**about["model"]), classes, f"going on with {run}"
+        return cfg, Classifier(**about["model"]), classes, f"going on with {run}"
+    ready, path = cfg.eval_only or cfg.predict, source(preset, cfg, run)  # ready: needs a trained head
     new = dict(drop_path=cfg.drop_path, head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
     if path == "none" and ready:
         raise ValueError("--init none has no trained head: there is nothing to evaluate")
     if path == "none":
         size = (cfg.frames, cfg.resolution, cfg.resolution)
-        return Classifier(cfg.size, len(classes), size, cfg.cube, cfg.positions, **new), classes, "untrained"
+        return cfg, Classifier(cfg.size, len(classes), size, cfg.cube, cfg.positions, **new), classes, "untrained"
     state, found = read_weights(path)
+    cfg = replace(cfg, **found.get("clip", {})) if ready else cfg
     names = found.get("labels") or [f"class {i}" for i in range(found.get("classes", 0))]
     if ready and not names:
         raise ValueError(f"{path} has no trained head: fine-tune it first")
@@ -388,7 +429,7 @@ def build(preset: str, cfg: Config, run: Path, classes: list[str] | None) -> tup
     absent = [name for name in model.state_dict() if name not in state]
     if ready and absent:
         raise ValueError(f"{path} is no whole classifier, it has no {', '.join(absent[:4])}: fine-tune it first")
-    return model, classes, f"{path}: {load_weights(model, state, cfg.least)}"
+    return cfg, model, classes, f"{path}: {load_weights(model, state, cfg.least)}"
 
 
 def main(argv: list[str]) -> None:
@@ -396,27 +437,22 @@ def main(argv: list[str]) -> None:
     device, rank, processes = engine.setup(cfg.device)
     run = Path("runs") / (cfg.name or f"finetune-{preset}")
     dtype = engine.precision_dtype(cfg.precision, device)
-    if (cfg.eval_only or cfg.predict) and source(preset, cfg, run) != "none":  # the clips that it was trained on
-        cfg = replace(cfg, **read_weights(source(preset, cfg, run))[1].get("clip", {}))
-    sample, views = SAMPLING[cfg.sampling]
-    sample = partial(sample, frames=cfg.frames, stride=cfg.stride)
-    view_sizes = dict(frames=cfg.frames, stride=cfg.stride, clips=cfg.clips, size=cfg.resolution, crops=cfg.crops)
-
     for name, most in dict(magnitude=10, smallest=1, erase=1, smoothing=1, drop_path=1, head_dropout=1).items():
         if getattr(cfg, name) > most:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at most {most}")
 
     torch.manual_seed(cfg.seed)
     if cfg.predict:
-        model, classes, report = build(preset, cfg, run, None)
+        cfg, model, classes, report = build(preset, cfg, run, None)
+        model.to(device)
         print(report)
         for path in cfg.predict if rank == 0 else ():
-            scores, _ = score_videos(model.to(device), Views([path], views, **view_sizes), device, dtype)
+            scores, _ = score_videos(model, make_views(cfg, [path]), device, dtype)
             best = scores[0].topk(min(5, len(classes)))
             print(path, *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
         return
 
-    # Data: uint8 clips, in an order that depends on the seed alone.
+    # Data: the labelled videos of both parts.
     if cfg.data is None:
         raise ValueError(f"--data is missing: the folder with the videos of {preset}")
     if cfg.warmup >= cfg.epochs:
@@ -426,47 +462,54 @@ def main(argv: list[str]) -> None:
     if processes > 1:
         dist.barrier()
     split, test = read_parts(cfg)
-    split = draw_shots(split, cfg.shots, cfg.seed) if cfg.shots and not cfg.eval_only else split
+
+    # Model; for evaluation nothing else.
+    resumed = engine.load_checkpoint(run / "checkpoint.pt", "finetune") if cfg.resume and not cfg.eval_only else None
+    cfg, model, classes, report = build(preset, cfg, run, split.classes, resumed)
+    model.to(device).encoder.checkpointing = cfg.checkpointing
+    one_view = make_views(replace(cfg, clips=1, crops=1), test.paths)
+    score = partial(evaluate, model, test, source(preset, cfg, run), cfg, run, device, dtype, rank, processes)
+    if rank == 0:
+        print(report)
+    if cfg.eval_only:
+        score()
+        if processes > 1:
+            dist.destroy_process_group()
+        return
+
+    # Clips: uint8, in an order that depends on the seed alone.
+    split = draw_shots(split, cfg.shots, cfg.seed) if cfg.shots else split
+    sample = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
     augment = finetune_transform(cfg.resolution, cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
     videos = Videos(split, sample, augment, cfg.repeats, same_time=True)
-    tests = Views(test.paths, views, **view_sizes)
-    one_view = Views(test.paths, views, **view_sizes | dict(clips=1, crops=1))
-    mix = make_mixer(len(split.classes), cfg.mixup, cfg.cutmix)
-
-    micro, passes = (1, 1) if cfg.eval_only else engine.split_batch(cfg.batch, processes, cfg.micro)
-    if micro == 1 and not cfg.eval_only and (cfg.mixup or cfg.cutmix):
+    mix = make_mixer(len(classes), cfg.mixup, cfg.cutmix)
+    micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
+    if micro == 1 and (cfg.mixup or cfg.cutmix):
         raise ValueError("one video at a time has no other to mix with: --micro 2 or more, or --mixup 0 --cutmix 0")
     per_epoch = max(len(videos) // cfg.batch, 1)
     steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
     peak, floor = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
 
-    # Model and optimiser.
-    model, classes, report = build(preset, cfg, run, split.classes)
-    model.to(device).encoder.checkpointing = cfg.checkpointing
-    optimizer = torch.optim.AdamW(
-        param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=peak, betas=(0.9, 0.999), fused=True
-    )
+    # Optimiser.
+    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     config = {"model": model.config, "stage": asdict(cfg), "classes": classes, "videos": len(videos)}
-    start = steps if cfg.eval_only else 0
-    if cfg.resume and not cfg.eval_only:
-        parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-        start = engine.resume(run / "checkpoint.pt", "finetune", config, MAY_CHANGE, **parts)
-    elif not cfg.eval_only and (run / "checkpoint.pt").exists():
+    start = 0
+    if resumed:
+        start = engine.resume(resumed, config, MAY_CHANGE, model=model, optimizer=optimizer, scaler=scaler)
+    elif (run / "checkpoint.pt").exists():
         raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
     net = torch.compile(model) if cfg.compile else model
     net = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
 
-    if not cfg.eval_only:
-        log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
-        order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
-        batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
+    order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
+    batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
+    log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
     if rank == 0:
-        print(report)
-    if rank == 0 and not cfg.eval_only:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
-            f"{len(videos)} training, {len(tests)} test videos, {len(classes)} classes; batch {cfg.batch} = "
+            f"{len(videos)} training, {len(test.paths)} test videos, {len(classes)} classes; batch {cfg.batch} = "
             f"{processes} processes x {passes} passes x {micro} videos, {cfg.repeats} clips of each; "
             f"{cfg.epochs} epochs = {steps} steps, {warmup} of them warm-up; peak lr {peak:.3g}; "
             f"{millions:.1f} M parameters; {dtype} on {device}"
@@ -486,9 +529,7 @@ def main(argv: list[str]) -> None:
             asked = time.time()
             clips, labels, unreadable = next(batches)
             waited += time.time() - asked
-            bad.update(unreadable)
-            if clips is None or len(bad) > len(videos) / 10:
-                raise ValueError(f"over a tenth of the videos cannot be read, for example {next(iter(bad.values()))}")
+            note_unreadable(bad, unreadable, clips, len(videos))
             # Clips of one video apart from each other, since each is mixed with its neighbour in the batch.
             clips, labels = (rearrange(x, "(b r) ... -> (r b) ...", r=cfg.repeats) for x in (clips, labels))
             clips, labels = clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -509,10 +550,10 @@ def main(argv: list[str]) -> None:
         done = step + 1
         if done % cfg.log_every == 0 or done == steps:
             count, now = (done - 1) % cfg.log_every + 1, time.time()
-            report = torch.stack([total / processes, torch.tensor(len(bad), device=device)])
+            sums = torch.stack([total / processes, torch.tensor(len(bad), device=device)])
             if processes > 1:
-                dist.all_reduce(report)
-            loss, unreadable = report[0].item() / count, int(report[1])
+                dist.all_reduce(sums)
+            loss, unreadable = sums[0].item() / count, int(sums[1])
             if not math.isfinite(loss):
                 raise ValueError(f"loss is {loss} near step {done}: try a lower --base-lr, --clip-grad 1, or fp32")
             log.write(
@@ -532,27 +573,12 @@ def main(argv: list[str]) -> None:
             scores, best = score_videos(model, one_view, device, dtype, rank, processes, cfg.workers)
             log.write(step=done, top1=accuracies(scores, best, test.labels)["top1"])
             logged = time.time()
-    if not cfg.eval_only:
-        log.bar.close()
+    log.bar.close()
 
-    # The paper's protocol: several clips and crops of every test video, mean of their softmax scores.
-    try:
-        scores, best = score_videos(model, tests, device, dtype, rank, processes, cfg.workers)
-    except ValueError as error:
-        raise ValueError(f"{error} (training is saved: mend the list or the file, then --eval-only)") from error
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
         for error in bad.values():
             print(f"left out, unreadable: {error}")
-        result = accuracies(scores, best, test.labels)
-        about = dict(weights=source(preset, cfg, run), views=[cfg.clips, cfg.crops])
-        (run / "results.json").write_text(json.dumps(dict(about, **result, config=asdict(cfg)), indent=1) + "\n")
-        write_predictions(run / "predictions.csv", test, scores)
-        visualize.plot_classes(run / "predictions.csv", run / "classes.png")
-        print(
-            f"{len(tests)} test videos, {cfg.clips} x {cfg.crops} views: top-1 {result['top1']:.2f} %, top-5 "
-            f"{result['top5']:.2f} %, mean of classes {result['class_mean']:.2f} %; single views {result['view']:.2f} %"
-        )
+    score()
     if processes > 1:
         dist.destroy_process_group()
 

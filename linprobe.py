@@ -27,30 +27,35 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
-import visualize
-from data import SAMPLING, TOY, Videos, Views, derive_seed, make_loader, make_toy, pretrain_transform, read_split
+from data import (
+    SAMPLING,
+    TOY,
+    Videos,
+    derive_seed,
+    make_loader,
+    make_toy,
+    note_unreadable,
+    pretrain_transform,
+    read_split,
+)
 from engine import opt
-from finetune import accuracies, draw_shots, encoder_arguments, read_parts, read_weights, write_predictions
+from finetune import (
+    DataConfig,
+    accuracies,
+    draw_shots,
+    encoder_arguments,
+    make_views,
+    read_parts,
+    read_weights,
+    write_results,
+)
 from model import POSITIONS, SIZES, Encoder, load_weights, set_eps, to_ours, widths
 
 
 @dataclass
-class Config:
-    # data
-    data: str | None = opt(None, "folder of the videos")
-    splits: str | None = opt(None, "folder of official split files, or a list of lines `path label`")
-    test_data: str | None = opt(None, "folder of the test videos; None: as --data")
-    test_splits: str | None = opt(None, "list of the test videos, lines `path label`; None: as --splits")
-    fold: int = opt(1, "official split, 1 to 3", 1)
-    shots: int = opt(0, "labelled training videos per class, drawn by the seed; 0: all", 0)
-    frames: int = opt(16, "frames of a clip", 1)
-    stride: int = opt(4, "frames of the video from one frame of a clip to the next (dense sampling)", 1)
-    sampling: Literal[tuple(SAMPLING)] = opt("dense", "clips at a stride, or uniform: one frame from each equal part")
-    resolution: int = opt(224, "height and width of a clip, pixels", 1)
+class Config(DataConfig):
     flip: bool = opt(False, "mirror every other training view")
     repeats: int = opt(4, "views of each training video, each with a time and a crop (MultiScaleCrop) of its own", 1)
-    clips: int = opt(5, "test clips of a video", 1)
-    crops: int = opt(3, "test crops of a clip", 1)
     workers: int = opt(2, "decoding processes; 0 decodes in the main process", 0)
     # encoder
     init: str | None = opt(None, "checkpoint, or random; None: runs/pretrain-PRESET/checkpoint.pt")
@@ -175,12 +180,6 @@ def main(argv: list[str]) -> None:
     init = cfg.init or str(Path("runs") / f"pretrain-{preset}" / "checkpoint.pt")
     run = Path("runs") / (cfg.name or f"linprobe-{preset}" + "-random" * (init == "random"))
     dtype = engine.precision_dtype(cfg.precision, device)
-    clip = dict(frames=cfg.frames, stride=cfg.stride)
-    sample, rule = SAMPLING[cfg.sampling]
-    views = partial(Views, rule=rule, **clip, clips=cfg.clips, size=cfg.resolution, crops=cfg.crops)
-    torch.manual_seed(cfg.seed)
-    encoder = build_encoder(init, cfg).to(device).eval()
-    loader = partial(DataLoader, batch_size=None, num_workers=cfg.workers)
     if cfg.videos and not cfg.features:
         raise ValueError("--videos goes with --features: name the .npz file to write")
     if cfg.features and (Path(cfg.features).suffix != ".npz" or not Path(cfg.features).parent.is_dir()):
@@ -189,12 +188,18 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--data is missing: the folder with the videos of {preset}")
     if cfg.data == TOY and not cfg.videos:
         make_toy(TOY)
+    torch.manual_seed(cfg.seed)
+    encoder = build_encoder(init, cfg).to(device).eval()
+
+    def test_features(paths: list) -> np.ndarray:
+        loader = DataLoader(make_views(cfg, paths), batch_size=None, num_workers=cfg.workers)
+        return extract(encoder, (clips for _, clips in loader), len(paths), device, dtype).numpy()
 
     # Features of any videos: export them and stop.
     if cfg.features:
         paths = list(cfg.videos or all_videos(cfg))
-        found = extract(encoder, (clips for _, clips in loader(views(paths))), len(paths), device, dtype)
-        np.savez(cfg.features, paths=np.array([str(path) for path in paths]), features=found.mean(dim=1).numpy())
+        found = test_features(paths)
+        np.savez(cfg.features, paths=np.array([str(path) for path in paths]), features=found.mean(axis=1))
         print(
             f"wrote {cfg.features}: {len(paths)} videos, {found.shape[2]} features each, mean of {found.shape[1]} views"
         )
@@ -219,31 +224,25 @@ def main(argv: list[str]) -> None:
     except (OSError, ValueError, zipfile.BadZipFile):  # none, or a broken one
         saved = {"about": ""}
     if str(saved["about"]) != about:
-        augmented = Videos(train, partial(sample, **clip), pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
+        sample = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
+        augmented = Videos(train, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
         keys = [[(i, derive_seed(8, cfg.seed, i))] for i in range(len(train.paths))]
         labels, bad = [], {}
 
         def training_clips():
             for clips, label, unreadable in make_loader(augmented, keys, cfg.workers, pin=False):
-                bad.update(unreadable)
-                if clips is None or len(bad) > len(train.paths) / 10:
-                    error = next(iter(bad.values()))
-                    raise ValueError(f"over a tenth of the training videos cannot be read, for example {error}")
+                note_unreadable(bad, unreadable, clips, len(train.paths))
                 labels.append(int(label[0]))
                 yield clips
 
         train_features = extract(encoder, training_clips(), len(train.paths), device, dtype)
-        test_clips = (clips for _, clips in loader(views(test.paths)))
-        saved = dict(
-            about=about, train=train_features.numpy(), train_labels=np.array(labels),
-            test=extract(encoder, test_clips, len(test.paths), device, dtype).numpy(),
-        )  # fmt: skip
+        saved = dict(about=about, train=train_features.numpy(), train_labels=np.array(labels))
+        saved["test"] = test_features(test.paths)
         np.savez(cache.with_suffix(".part.npz"), **saved)
         os.replace(cache.with_suffix(".part.npz"), cache)
         for error in bad.values():
             print(f"left out, unreadable: {error}")
     features, labels = torch.from_numpy(saved["train"]).to(device), torch.from_numpy(saved["train_labels"]).to(device)
-    test_features = torch.from_numpy(saved["test"]).to(device)
 
     # The learning rate that does best on training videos held out, a fifth at a time; then a head trained on all.
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(derive_seed(10, cfg.seed)))
@@ -258,12 +257,9 @@ def main(argv: list[str]) -> None:
         print(f"base lr {base_lr:g}: {sweep[base_lr]:.2f} % of {len(order)} training videos, each while held out")
     best = max(sweep, key=sweep.get)
     head = train_head(features, labels, len(train.classes), best, cfg)
-    scores, view_classes = score(head, test_features)
-    result = accuracies(scores, view_classes, test.labels)
-    text = json.dumps(dict(init=init, base_lr=best, sweep=sweep, config=asdict(cfg), **result), indent=1)
-    (run / "results.json").write_text(text + "\n")
-    write_predictions(run / "predictions.csv", test, scores)
-    visualize.plot_classes(run / "predictions.csv", run / "classes.png")
+    scores, view_classes = score(head, torch.from_numpy(saved["test"]).to(device))
+    about = dict(init=init, base_lr=best, sweep=sweep, config=asdict(cfg))
+    result = write_results(run, test, scores, view_classes, **about)
     print(
         f"linear probe of {init}: {len(test.paths)} test videos, {cfg.clips} x {cfg.crops} views: top-1 "
         f"{result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean of classes {result['class_mean']:.2f} %"

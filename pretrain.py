@@ -24,7 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import visualize
-from data import TOY, Order, Videos, derive_seed, make_loader, make_toy, pretrain_transform, read_split, sample_clip
+from data import (
+    TOY,
+    Order,
+    Videos,
+    derive_seed,
+    make_loader,
+    make_toy,
+    note_unreadable,
+    pretrain_transform,
+    read_split,
+    sample_clip,
+)
 from engine import opt
 from masking import MASKS
 from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE
@@ -136,7 +147,7 @@ def main(argv: list[str]) -> None:
     config, start = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}, 0
     if cfg.resume:
         parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-        start = engine.resume(run / "checkpoint.pt", "pretrain", config, MAY_CHANGE, **parts)
+        start = engine.resume(engine.load_checkpoint(run / "checkpoint.pt", "pretrain"), config, MAY_CHANGE, **parts)
     elif (run / "checkpoint.pt").exists():
         raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
     net = torch.compile(model) if cfg.compile else model
@@ -171,9 +182,7 @@ def main(argv: list[str]) -> None:
             asked = time.time()
             clips, _, unreadable = next(batches)
             waited += time.time() - asked
-            bad.update(unreadable)
-            if clips is None or len(bad) > len(videos) / 10:
-                raise ValueError(f"over a tenth of the videos cannot be read, for example {next(iter(bad.values()))}")
+            note_unreadable(bad, unreadable, clips, len(videos))
             clips = clips.to(device, non_blocking=True)
             with net.no_sync() if processes > 1 and number < passes else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -239,7 +239,7 @@ def predictions(name):
 def test_finetuning_starts_from_the_pretrained_encoder(here):
     before = engine.load_checkpoint("runs/pretrain-toy/checkpoint.pt", "pretrain")["model"]
     _, cfg = engine.parse_config(finetune.Config, [], "", finetune.PRESETS)
-    model, _, report = finetune.build("toy", cfg, None, ["a", "b"])
+    _, model, _, report = finetune.build("toy", cfg, None, ["a", "b"])
     assert "0 missing" in report
     for name, value in model.state_dict().items():
         if name.startswith("encoder."):
