@@ -13,6 +13,8 @@ A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame inde
 """
 
 import argparse
+import atexit
+import copy
 import math
 import multiprocessing
 import os
@@ -20,10 +22,12 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -516,7 +520,13 @@ class Order(Sampler):
         if batch > total:
             raise ValueError(f"batch {batch} is larger than the {total} videos: use --batch {total} or fewer")
         self.total, self.batch, self.micro, self.start, self.steps = total, batch, micro, start, steps
-        self.seed, self.rank, self.size = seed, rank, size
+        self.seed, self.rank, self.size, self.skip = seed, rank, size, 0  # skip: micro-batches of the first step
+
+    def later(self, count: int) -> "Order":
+        """The same order without its first `count` micro-batches."""
+        order, passes = copy.copy(self), self.batch // self.size // self.micro
+        order.start, order.skip = self.start + (self.skip + count) // passes, (self.skip + count) % passes
+        return order
 
     def __iter__(self):
         share, per_epoch = self.batch // self.size, self.total // self.batch
@@ -527,13 +537,74 @@ class Order(Sampler):
                     self.total, generator=torch.Generator().manual_seed(derive_seed(1, self.seed, epoch))
                 )
             begin = number * self.batch + self.rank * share
-            for i in range(begin, begin + share, self.micro):
+            skip = self.skip * self.micro if step == self.start else 0
+            for i in range(begin + skip, begin + share, self.micro):
                 yield [(int(order[j]), derive_seed(2, self.seed, epoch, j)) for j in range(i, i + self.micro)]
 
 
-def make_loader(dataset: Videos, order: Order, workers: int, pin: bool) -> DataLoader:
-    """Batches in `order`, decoded by `workers` processes (0: in this one); `pin` memory for copies to a GPU."""
-    return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=pin)
+def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
+    """Yield the batches of `order`, decoded by `workers` processes (0: in this one); `pin` memory for copies to a GPU.
+
+    A worker that dies costs time and nothing else: new ones begin at the first batch that was not delivered. Raises
+    ValueError when workers die three times with no batch between. Workers ignore the signals that ask a run to stop:
+    what to do about them is up to this process. They end with the generator, or with this process, however it ends.
+    """
+    delivered = deaths = 0
+    while True:
+        keys = order.later(delivered) if isinstance(order, Order) else order[delivered:]
+        loader = DataLoader(
+            dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
+            worker_init_fn=_ignore_signals, generator=torch.Generator(),  # else it draws from the global one
+        )  # fmt: skip
+        others, processes, batches = multiprocessing.active_children(), [], None
+        at_exit = partial(_kill, processes)  # a worker would ignore multiprocessing's SIGTERM, and be waited for
+        atexit.register(at_exit)
+        try:
+            try:
+                batches = iter(loader)
+            finally:
+                processes += [p for p in multiprocessing.active_children() if p not in others]
+                if workers and threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises wherever we happen to be
+            while True:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                delivered, deaths = delivered + 1, 0
+                yield batch
+        except Exception:
+            wait([p.sentinel for p in processes], timeout=1)  # a lost connection may be seen before the death
+            dead = [p for p in processes if p.exitcode is not None]
+            if not dead:
+                raise
+            deaths += 1
+        finally:
+            if any(p.is_alive() for p in processes):
+                timer = threading.Timer(2, _kill, [processes])  # for those that do not end when asked
+                timer.start()
+                if batches:
+                    batches._shutdown_workers()
+                timer.cancel()
+            _kill(processes)
+            atexit.unregister(at_exit)
+        codes = ", ".join(str(p.exitcode) for p in dead)
+        if deaths == 3:
+            raise ValueError(
+                f"loader workers died three times in a row (exit code {codes}): out of memory (fewer --workers), "
+                f"/dev/shm full, or a file that crashes the decoder (`python data.py check` finds it)"
+            )
+        tqdm.write(f"a loader worker died (exit code {codes}): going on with new ones", file=sys.stderr)
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(processes: list) -> None:
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 # ------------------------------------------------------------------------------------------ check a data set
