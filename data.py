@@ -564,7 +564,7 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
                 batches = iter(loader)
             finally:
                 processes += [p for p in multiprocessing.active_children() if p not in others]
-                if workers and threading.current_thread() is threading.main_thread():
+                if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises wherever we happen to be
             while True:
                 batch = next(batches, None)
@@ -573,7 +573,7 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
                 delivered, deaths = delivered + 1, 0
                 yield batch
         except Exception:
-            wait([p.sentinel for p in processes], timeout=1)  # a lost connection may be seen before the death
+            wait([p.sentinel for p in processes], min(workers, 1))  # a lost connection may be seen before the death
             dead = [p for p in processes if p.exitcode is not None]
             if not dead:
                 raise
@@ -582,7 +582,7 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
             if any(p.is_alive() for p in processes):
                 timer = threading.Timer(2, _kill, [processes])  # for those that do not end when asked
                 timer.start()
-                if batches:
+                if batches is not None:
                     batches._shutdown_workers()
                 timer.cancel()
             _kill(processes)
@@ -597,8 +597,9 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
 
 
 def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # not everywhere
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _kill(processes: list) -> None:

@@ -1,12 +1,19 @@
 """Data: exact frames from every kind of file, sampling tables, split files, order, augmentation, toy videos."""
 
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import tv_tensors
 
 import data
@@ -379,6 +386,13 @@ def test_order_visits_each_video_once_an_epoch_and_resumes():
         Order(3, 5, 5, 0, 1, 0, 0, 1)
 
 
+def test_order_starts_at_any_micro_batch():
+    order = Order(21, 8, 2, 1, 5, seed=3, rank=1, size=2)
+    whole = list(order)
+    assert len(whole) == 8 and all(list(order.later(n)) == whole[n:] for n in range(9))
+    assert list(order.later(3).later(2)) == whole[5:]
+
+
 def test_derived_seeds_differ():
     assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
     assert len({derive_seed(k, s, i) for k in (1, 2, 3) for s in range(10) for i in range(10)}) == 300
@@ -407,6 +421,96 @@ def test_workers_deliver_what_the_main_process_would(tmp_path):
     assert len(batches[0]) == 4 and batches[0][0][0].shape == (2, 8, 3, 32, 32)
     for (a, labels_a, _), (b, labels_b, _) in zip(*batches, strict=True):
         assert torch.equal(a, b) and torch.equal(labels_a, labels_b)
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that are their key; `fatal` ends the worker that makes it, once if `once` is a file to note that in."""
+
+    def __init__(self, fatal=None, once=None, seconds=0):
+        self.fatal, self.once, self.seconds = fatal, once, seconds
+
+    def __getitem__(self, key):
+        time.sleep(self.seconds)
+        if key[0] == self.fatal and not (self.once and self.once.exists()):
+            if self.once:
+                self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((1, 1, 3, 4, 4), key[0]), key[1] % 1000, {}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """PyTorch looks every 5 seconds whether a worker has died; not that long here."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+def same(batches, others) -> bool:
+    return len(batches) == len(others) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_killed_worker_changes_nothing(impatient, tmp_path, capfd, plain):
+    order = Order(20, 4, 2, 1, 8, 0, 0, 1)  # steps of two micro-batches
+    order = list(order) if plain else order
+    want = list(make_loader(Numbers(), order, 0, pin=False))
+    before, got = torch.random.get_rng_state(), []
+    for batch in make_loader(Numbers(13, tmp_path / "dead", seconds=0.005), order, 2, pin=False):
+        got.append(batch)
+        if len(got) == 3:
+            multiprocessing.active_children()[1].kill()
+    assert same(got, want) and torch.equal(torch.random.get_rng_state(), before)
+    assert capfd.readouterr().err.count("a loader worker died (exit code -9)") == 2
+
+
+def test_workers_that_always_die_end_the_run_in_one_line(impatient):
+    batches, got = make_loader(Numbers(fatal=3, seconds=0.01), [[(i, 0)] for i in range(9)], 1, pin=False), []
+    with pytest.raises(ValueError, match="three times.*exit code -9.*fewer --workers.*data.py check"):
+        got.extend(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_errors_in_a_worker_are_not_mistaken_for_its_death():
+    with pytest.raises(TypeError, match="not subscriptable"):
+        list(make_loader(Numbers(), [[None]], 1, pin=False))
+
+
+def test_signals_that_stop_a_run_leave_workers_alone(capfd):
+    batches = make_loader(Numbers(seconds=0.01), [[(i, 0)] for i in range(20)], 2, pin=False)
+    got = [next(batches), next(batches)]
+    workers = multiprocessing.active_children()
+    for process in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(process.pid, number)
+    got += [next(batches) for _ in range(10)]
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and multiprocessing.active_children() == workers
+    assert same(got + list(batches), list(make_loader(Numbers(), [[(i, 0)] for i in range(20)], 0, pin=False)))
+    assert not multiprocessing.active_children() and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0, 3])
+def test_workers_end_with_the_generator_even_those_that_are_stuck(seconds, monkeypatch):
+    batches = make_loader(Numbers(), [[(i, 0)] for i in range(50)], 2, pin=False)
+    next(batches)
+    if seconds:  # as a decoder that does not return would be
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGSTOP)
+    assert len(multiprocessing.active_children()) == 2
+    begin = time.monotonic()
+    batches.close()
+    assert not multiprocessing.active_children() and time.monotonic() - begin < seconds + 2
+
+
+def test_workers_end_with_the_main_process():
+    """Although they ignore SIGTERM, which is what multiprocessing sends them at exit before it waits for them."""
+    code = (
+        "import data, test_data as t\nb = data.make_loader(t.Numbers(), [[(i, 0)] for i in range(9)], 2, pin=False)\n"
+    )
+    code += "next(b)\nraise KeyError('the traceback keeps b alive')"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(data.__file__), os.path.dirname(__file__)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'the traceback keeps b alive'"
 
 
 def test_collate_keeps_a_videos_clips_together():
