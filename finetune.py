@@ -16,6 +16,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +50,7 @@ from data import (
     make_toy,
     note_unreadable,
     read_split,
+    shown,
 )
 from engine import opt
 from model import EPS, POSITIONS, SIZES, Classifier, grid_of, infer_config, load_weights, to_ours, unit_range
@@ -233,21 +235,34 @@ def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
     return dict(arguments, classes=classes, labels=[names.get(str(i), f"class {i}") for i in range(classes)])
 
 
+def file_key(path: Path) -> tuple:
+    """What tells a file apart, however its path is spelled and whatever links lead to it."""
+    about = os.stat(path)
+    return (about.st_dev, about.st_ino) if about.st_ino else (os.path.realpath(path),)
+
+
 def read_parts(cfg: DataConfig) -> tuple[Split, Split]:
     """The labelled training and test videos; ValueError where labels or a test part are missing or do not fit."""
     train = read_split(cfg.data, cfg.splits, cfg.fold)
     test = read_split(cfg.test_data or cfg.data, cfg.test_splits or cfg.splits, cfg.fold, train=False)
     if test == train:
         raise ValueError(f"{cfg.splits or cfg.data} has no test part: name one with --test-splits or --test-data")
-    if shared := set(train.paths) & set(test.paths):
-        raise ValueError(f"{len(shared)} videos are both training and test videos, for example {min(shared)}")
+    training = set(map(file_key, train.paths))
+    if shared := [path for path in test.paths if file_key(path) in training]:
+        raise ValueError(f"{len(shared)} videos are both training and test videos, for example {shown(min(shared))}")
     numbered = lambda split: split.classes == [str(i) for i in range(len(split.classes))]  # a list knows no names
     classes = max(train, test, key=lambda split: (not numbered(split), len(split.classes))).classes
     for part, split in (("training", train), ("test", test)):
         if min(split.labels) < 0:
-            raise ValueError(f"no label for the {part} video {split.paths[split.labels.index(min(split.labels))]}")
+            path = split.paths[split.labels.index(min(split.labels))]
+            raise ValueError(f"no label for the {part} video {shown(path)}")
         if max(split.labels) >= len(classes) or not numbered(split) and split.classes != classes:
             raise ValueError(f"the {part} videos have other classes: {', '.join(set(split.classes) ^ set(classes))}")
+    if max(test.labels) > max(train.labels):
+        path, most = test.paths[test.labels.index(max(test.labels))], max(train.labels)
+        raise ValueError(
+            f"the test video {shown(path)} has label {max(test.labels)}, training videos have none over {most}"
+        )
     return Split(train.paths, train.labels, classes), Split(test.paths, test.labels, classes)
 
 
@@ -449,7 +464,7 @@ def main(argv: list[str]) -> None:
         for path in cfg.predict if rank == 0 else ():
             scores, _ = score_videos(model, make_views(cfg, [path]), device, dtype)
             best = scores[0].topk(min(5, len(classes)))
-            print(path, *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
+            print(shown(path), *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
         return
 
     # Data: the labelled videos of both parts.
