@@ -107,7 +107,8 @@ ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9",
 
 def shown(path: str | Path) -> str:
     """A path for a line of text: what would break the line, or is no text at all, escaped as in Python."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+    plain = lambda c: c.isprintable() or c in "\xa0\u3000"  # spaces, too
+    return "".join(c if plain(c) else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def seconds_for(path: str | Path) -> float:

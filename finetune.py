@@ -198,7 +198,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" and stage else {}
         named = dict(labels=about["classes"]) if "classes" in about else {}
         return state, about["model"] | named | (dict(clip=clip) if clip else {})
-    return state, hf_arguments(config, state) if config else infer_config(state)
+    if config is None:
+        return state, infer_config(state)
+    try:
+        return state, hf_arguments(config, state)
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}") from error
 
 
 def hf_files(folder: Path) -> list[Path]:
@@ -207,13 +212,27 @@ def hf_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if strange := [part for part in parts if Path(part).name != part]:
+                raise ValueError(f"{index.name} names {strange[0]!r}, outside of the folder")
+            return [folder / part for part in parts]
     return []
 
 
 def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
     """Our arguments for the model that a Hugging Face config.json describes; ValueError where ours cannot be it."""
+    if not isinstance(config, dict):
+        raise ValueError("not a Hugging Face configuration")
     config, classifier = HF_DEFAULTS | config, "classifier.weight" in state
+    for name, usual in HF_DEFAULTS.items():  # of the right kind, and nothing that no memory can hold
+        value, most = config[name], len(state) if name.endswith("layers") else 10_000
+        if type(usual) is int:
+            sides = value if name in ("image_size", "patch_size") and isinstance(value, list) else [value]
+            fits = all(isinstance(side, int) and 0 < side <= most for side in sides) and len(sides) in (1, 2)
+        else:
+            fits = isinstance(value, (int, float) if isinstance(usual, float) else type(usual))
+        if not fits:
+            raise ValueError(f"{name} = {str(value)[:50]!r} cannot be")
     needed = dict(model_type="videomae", num_channels=3, hidden_act="gelu")
     if classifier:
         needed["use_mean_pooling"] = True  # else the head reads token 0 alone, a corner of the first frames
@@ -232,7 +251,7 @@ def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
     if not classifier:
         return dict(arguments, decoder_depth=size["decoder_depth"], normalize=config["norm_pix_loss"])
     names, classes = config["id2label"], len(state["classifier.weight"])
-    return dict(arguments, classes=classes, labels=[names.get(str(i), f"class {i}") for i in range(classes)])
+    return dict(arguments, classes=classes, labels=[str(names.get(str(i), f"class {i}")) for i in range(classes)])
 
 
 def file_key(path: Path) -> tuple:
@@ -349,17 +368,20 @@ def accuracies(scores: Tensor, view_classes: Tensor, labels: list[int]) -> dict[
 
 
 def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
-    """One line per test video: path, label, prediction, correct, five best classes and their probabilities."""
-    best = scores.topk(min(5, scores.shape[1]))
-    with open(path, "w", newline="") as file:
+    """One line per test video: path, label, prediction, correct, five best classes and their probabilities.
+
+    visualize.read_predictions reads it back: names that a spreadsheet would take for a formula stand behind ', and in
+    the list of classes ; is \\; and \\ is \\\\.
+    """
+    best, cell = scores.topk(min(5, scores.shape[1])), visualize.to_cell
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(visualize.PREDICTIONS)
         for video, label, values, indices in zip(split.paths, split.labels, *best, strict=True):
             top = [split.classes[i] for i in indices]
+            names = cell(str(video)), cell(split.classes[label]), cell(top[0])
             probabilities = ";".join(f"{value:.6f}" for value in values)
-            writer.writerow(
-                [video, split.classes[label], top[0], int(indices[0] == label), ";".join(top), probabilities]
-            )
+            writer.writerow([*names, int(indices[0] == label), visualize.join_names(top), probabilities])
 
 
 def write_results(run: Path, test: Split, scores: Tensor, view_classes: Tensor, **about) -> dict[str, float]:
