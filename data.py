@@ -14,13 +14,17 @@ A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame inde
 
 import argparse
 import atexit
+import contextlib
 import copy
+import glob
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -55,11 +59,13 @@ def read_frames(path: str | Path, pick) -> Tensor:
     file to such a list (called again where the file turns out to hold fewer). Indices count the frames a player would
     show, whatever their times (variable frame rate, non-zero start, B-frames). The packets are held in memory, so
     memory grows by the size of the file.
-    Raises ValueError, with the path, for a file that cannot be decoded or a frame it does not have.
+    Raises ValueError, with the path, for a file that cannot be decoded, or not in time (see seconds_for), or a frame it
+    does not have.
     """
+    name = shown(path)
     try:
-        with av.open(str(path), **OPEN) as container:
-            stream = _video_stream(container, path)
+        with time_limit(path), _open(path) as container:
+            stream = _video_stream(container)
             packets = [packet for packet in container.demux(stream) if packet.size]
             total = sum(not packet.is_discard for packet in packets)
             cuts, times = [], None
@@ -68,7 +74,7 @@ def read_frames(path: str | Path, pick) -> Tensor:
             while total:
                 wanted = [int(i) for i in (pick(total) if callable(pick) else pick)]
                 if not wanted or min(wanted) < 0 or max(wanted) >= total:
-                    raise ValueError(f"{path}: asked for frames {wanted}, it has {total}")
+                    raise ValueError(f"{name}: asked for frames {wanted}, it has {total}")
                 start, first = max((cut for cut in cuts if cut[1] <= min(wanted)), default=(0, 0))
                 frames, seen = _decode(stream, packets[start:], first, set(wanted), times if cuts else None)
                 if len(frames) == len(set(wanted)):
@@ -79,14 +85,22 @@ def read_frames(path: str | Path, pick) -> Tensor:
                 elif callable(pick):
                     total = seen  # some packets held no frame (usual for XviD): choose again among those there are
                 else:
-                    raise ValueError(f"{path}: asked for frames {wanted}, only {seen} can be decoded")
-            raise ValueError(f"{path}: no frame could be decoded")
+                    raise ValueError(f"{name}: asked for frames {wanted}, only {seen} can be decoded")
+            raise ValueError(f"{name}: no frame could be decoded")
     except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+        raise ValueError(f"{name}: {error.strerror or error}") from error
+    except TooLate as error:
+        raise ValueError(f"{name}: not read after {seconds_for(path):.0f} s") from error
 
 
-# Titles in another encoding are no reason to refuse a video; PyAV 19 ignores them unasked.
-OPEN = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Only files of this disk are opened, and only of kinds that hold their video themselves: a playlist (ffconcat, #EXTM3U,
+# SDP), whatever it is called, would make FFmpeg open other files or addresses.
+FORMATS = "avi,mov,mp4,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv,ogg,m4v,gif"
+OPEN = dict(options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
+if int(av.__version__.split(".")[0]) < 19:
+    OPEN["metadata_errors"] = "ignore"  # titles in another encoding are no reason to refuse a video; PyAV 19 agrees
+
+SECONDS, SECONDS_PER_MIB = 60, 10  # the longest that reading a file may take; decoders and network disks can hang
 
 # Where decoding may begin in the middle: containers whose packets carry true display times, and codecs with one shown
 # frame a packet (VP8, for one, has packets that show nothing). All others are decoded from the start and counted.
@@ -94,9 +108,56 @@ TIMED = {"mp4", "matroska"}
 ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
 
 
-def _video_stream(container, path: str | Path):
+def shown(path: str | Path) -> str:
+    """A path for a line of text: what would break the line, or is no text at all, escaped as in Python."""
+    plain = lambda c: c.isprintable() or c in "\xa0\u3000"  # spaces, too
+    return "".join(c if plain(c) else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def seconds_for(path: str | Path) -> float:
+    """The time limit of reading a file."""
+    return SECONDS + SECONDS_PER_MIB * os.stat(path).st_size / 2**20
+
+
+class TooLate(Exception):
+    """A file could not be read in time."""
+
+
+@contextlib.contextmanager
+def time_limit(path: str | Path):
+    """Raise TooLate in a block that takes longer than seconds_for(path); by SIGALRM, so only in a main thread."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TooLate
+
+    seconds, begin = seconds_for(path), time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and each second: one can get lost in a destructor
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        if left:  # somebody else's timer
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begin), 1e-3), every)
+
+
+def _open(path: str | Path):
+    """The opened container; OSError or an FFmpegError where there is none."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a file")  # to open a pipe is to wait
+    try:
+        return av.open(f"file:{path}", **OPEN)  # without file:, names such as a:b.avi or concat:a|b are addresses
+    except av.ArgumentError as error:
+        raise OSError(f"none of the kinds of video that are read: {FORMATS}") from error
+
+
+def _video_stream(container):
     if not container.streams.video:
-        raise ValueError(f"{path}: no video in this file")
+        raise OSError("no video in this file")
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
     return stream
@@ -212,6 +273,7 @@ class Split:
     classes: list[str]
 
 
+MOST_CLASSES = 100_000  # of a list: above, the number at the end of a line is no label
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # the official lists, videos in train and test
 HMDB51_COUNTS = {fold: (3570, 1530) for fold in (1, 2, 3)}
 LISTS = {"ucf101": "ucfTrainTestlist", "hmdb51": "testTrainMulti_7030_splits"}  # the official folders of lists
@@ -222,79 +284,101 @@ def read_split(data: str | Path, splits: str | Path | None = None, fold: int = 1
 
         folder with classInd.txt             UCF101's official lists; labels from classInd.txt, minus 1
         folder with *_test_split1.txt        HMDB51's official lists; classes in alphabetical order
-        file of lines `path label`           paths relative to `data`; the label, a number from 0, may be missing
+        file of lines `path label`           paths relative to `data` or absolute; the label, a number from 0, may be
+                                             missing or -1
         None                                 the official lists' folder if it lies in `data` under its own name, else
                                              every video below `data`; the name of its folder is its class
 
     The last and the list know no test part: give another file or folder. Counts of the official lists are checked.
-    Raises ValueError for missing files and folders, malformed lines, and videos or groups in both parts.
+    Names need not be UTF-8, in lists neither: they are the file system's bytes. Raises ValueError for missing files and
+    folders, malformed lines, a video listed twice (it would count twice), and videos or groups in both parts.
     """
     found = _listed(Path(data).expanduser(), Path(splits).expanduser() if splits else None, fold, train)
-    missing = [path for path in found.paths if not path.is_file()]
+    missing = [path for path in found.paths if not os.path.isfile(path)]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(found.paths)} listed videos are missing, the first is {missing[0]}")
+        first = shown(missing[0])
+        raise ValueError(f"{len(missing)} of {len(found.paths)} listed videos are missing, the first is {first}")
     return found
 
 
 def _listed(data: Path, splits: Path | None, fold: int, train: bool) -> Split:
     """As read_split, without looking whether the videos that a list names are there."""
-    if not data.is_dir():
+    if not os.path.isdir(data):
         raise ValueError(f"no folder {data}: --data must name the folder that holds the videos")
-    if splits and not splits.exists():
+    if splits and not os.path.exists(splits):
         raise ValueError(f"no file or folder {splits}: --splits must name the official split files' folder or a list")
     if fold not in (1, 2, 3):
         raise ValueError(f"no fold {fold}: the official splits are 1, 2 and 3")
     splits = splits or next((data / name for name in LISTS.values() if (data / name).is_dir()), None)
     if splits is None:
         found = _read_folder(data)
-    elif splits.is_file():
+    elif not splits.is_dir():
         found = _read_list(data, splits)
-    elif (splits / "classInd.txt").is_file():
+    elif os.path.isfile(splits / "classInd.txt"):
         found = _read_ucf101(data, splits, fold, train)
     elif any(splits.glob("*_test_split?.txt")):
         found = _read_hmdb51(data, splits, fold, train)
     else:
         raise ValueError(f"{splits} holds neither classInd.txt (UCF101) nor *_test_split1.txt (HMDB51)")
+    twice = [path for path, times in Counter(found.paths).items() if times > 1]
+    if twice:
+        raise ValueError(f"{splits} lists {shown(twice[0])} twice")
     if not found.paths:
         raise ValueError(f"no videos: {splits or data} lists none ({', '.join(sorted(EXTENSIONS))})")
     return found
 
 
 def _read_folder(data: Path) -> Split:
-    paths = sorted(path for path in data.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    def stop(error):
+        raise ValueError(f"{shown(error.filename)}: {error.strerror}")  # rather than train on a part of the videos
+
+    files = (Path(folder, name) for folder, _, names in os.walk(data, onerror=stop) for name in names)
+    paths = sorted(path for path in files if path.suffix.lower() in EXTENSIONS and os.path.isfile(path))
     names = [path.relative_to(data).parent.as_posix() for path in paths]
     classes = sorted(set(names) - {"."})
     return Split(paths, [classes.index(name) if name in classes else -1 for name in names], classes)
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
+def _lines(path: Path) -> dict[int, str]:
+    """The lines of a list that hold something, by number; bytes that are no UTF-8 stay as Python has them in paths."""
+    if not os.path.isfile(path):
         raise ValueError(f"no file {path}")
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file ({error.reason} at byte {error.start})") from error
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not a text file (a zero at character {text.index(chr(0))}): save it as UTF-8")
+    lines = {number: line.strip(" \t\r") for number, line in enumerate(text.split("\n"), 1)}
+    return {number: line for number, line in lines.items() if line}
 
 
 def _read_list(data: Path, file: Path) -> Split:
-    paths, labels = [], []
-    for line in _lines(file):
-        name, _, label = line.rpartition("\t" if "\t" in line else " ")
-        if not name or not label.strip().lstrip("-").isdigit():
-            name, label = line, "-1"
-        paths.append(data / name.strip())
-        labels.append(int(label))
-    return Split(paths, labels, [str(label) for label in range(max(labels, default=-1) + 1)])
+    labels, first = {}, {}  # of every path; of every place, however it is spelled, the number of its line
+    for number, line in _lines(file).items():
+        found, label = re.fullmatch(r"(.*\S)[ \t]+(-?[0-9]{1,9})", line), -1
+        if found:
+            line, label = found[1], int(found[2])
+        if not -1 <= label < MOST_CLASSES:
+            reason = f"label {label} must be from 0 to {MOST_CLASSES - 1}, or -1 for none"
+            raise ValueError(f"{file}: line {number}: {reason}")
+        path = data / line
+        before = first.setdefault(os.path.normpath(path), number)
+        if before != number:
+            raise ValueError(f"{file}: lines {before} and {number} are the same video, {shown(line)}: remove one")
+        labels[path] = label
+    classes = [str(label) for label in range(max(labels.values(), default=-1) + 1)]
+    return Split(list(labels), list(labels.values()), classes)
 
 
 def _read_ucf101(data: Path, splits: Path, fold: int, train: bool) -> Split:
-    numbers = [line.split() for line in _lines(splits / "classInd.txt")]
+    numbers = [line.split() for line in _lines(splits / "classInd.txt").values()]
     if any(len(entry) != 2 or entry[0] != str(i + 1) for i, entry in enumerate(numbers)):
         raise ValueError(f"{splits / 'classInd.txt'}: lines must read `number class`, numbered from 1")
     classes = [name for _, name in numbers]
     parts = [[], []]
     for part, name in zip(parts, (f"trainlist{fold:02}.txt", f"testlist{fold:02}.txt"), strict=True):
-        for line in _lines(splits / name):
+        for line in _lines(splits / name).values():
             video, *label = line.split()  # training lines end with the label
             group = video.split("/")[0]
             if group not in classes or label not in ([], [str(classes.index(group) + 1)]):
@@ -317,7 +401,7 @@ def _read_hmdb51(data: Path, splits: Path, fold: int, train: bool) -> Split:
     classes = [file.name.removesuffix(suffix) for file in files]
     parts = [[], []]
     for label, file in enumerate(files):
-        for line in _lines(file):
+        for line in _lines(file).values():
             name, _, part = line.rpartition(" ")
             if part not in ("0", "1", "2"):
                 raise ValueError(f"{file}: line {line!r} must end in 0 (unused), 1 (train) or 2 (test)")
@@ -655,10 +739,10 @@ def probe(path: str | Path) -> Probe:
 
     Raises ValueError, with the path, for a file of which nothing or not everything can be decoded.
     """
-    found = Probe()
+    found, name = Probe(), shown(path)
     try:
-        with av.open(str(path), **OPEN) as container:
-            stream = _video_stream(container, path)
+        with _open(path) as container:
+            stream = _video_stream(container)
             found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
             found.size = (stream.codec_context.width, stream.codec_context.height)
             for packet in chain((packet for packet in container.demux(stream) if packet.size), [None]):
@@ -667,9 +751,9 @@ def probe(path: str | Path) -> Probe:
                     found.damaged += frame.is_corrupt
     except (av.FFmpegError, OSError) as error:
         after = f" after {found.frames} frames" if found.frames else ""
-        raise ValueError(f"{path}: {error.strerror or error}{after}") from error
+        raise ValueError(f"{name}: {error.strerror or error}{after}") from error
     if not found.frames:
-        raise ValueError(f"{path}: no frame could be decoded")
+        raise ValueError(f"{name}: no frame could be decoded")
     return found
 
 
@@ -677,7 +761,7 @@ def _probe(path: Path) -> Probe | str:
     try:
         return probe(path)
     except ValueError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error).removeprefix(f"{shown(path)}: ")
 
 
 def _serve(work, pipe) -> None:
@@ -745,13 +829,15 @@ def _find_lists(kind: str, data: Path, splits: Path | None) -> Path:
 
 def _explain_missing(kind: str, data: Path, missing: list[Path], total: int) -> str:
     """Say that listed videos are missing; if it is one of the usual mistakes, which; else what to download."""
-    error = f"{len(missing)} of {total} listed videos are missing, the first is {missing[0]}"
+    error = f"{len(missing)} of {total} listed videos are missing, the first is {shown(missing[0])}"
     name = missing[0].relative_to(data) if missing[0].is_relative_to(data) else Path(missing[0].name)
-    above = [folder for folder in data.absolute().parents if (folder / name).is_file()]
-    below = sorted(path for path in data.rglob(name.name) if path.is_file())
+    if name.name in ("", ".."):
+        return error
+    above = [folder for folder in data.absolute().parents if os.path.isfile(folder / name)]
+    below = sorted(path for path in data.rglob(glob.escape(name.name)) if os.path.isfile(path))
     depth = len(name.parts)
     level = above + [path.parents[depth - 1] for path in below if path.parts[-depth:] == name.parts]
-    packed = sorted(data.rglob(f"{name.parts[0]}.rar"))
+    packed = sorted(data.rglob(f"{glob.escape(name.parts[0])}.rar"))
     if level:
         return f"{error}: it is in {level[0]}, use --data {shlex.quote(str(level[0]))}"
     if below:
@@ -780,7 +866,7 @@ def check(dataset: str, data: str | Path, splits: str | Path | None, fold: int, 
         splits = _find_lists(dataset, data, splits)
     train, test = (_listed(data, splits, fold, part) for part in (True, False))
     paths = list(dict.fromkeys(train.paths + test.paths))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ValueError(_explain_missing(dataset, data, missing, len(paths)))
     test_part = "no test part" if test == train else f"{len(test.paths)} test videos"
@@ -790,14 +876,14 @@ def check(dataset: str, data: str | Path, splits: str | Path | None, fold: int, 
         task = ": are these of the detection task?" if len(train.classes) == 24 else ""
         print(f"note: the official lists have {official} classes{task}")
 
-    begin, limit = time.monotonic(), lambda path: 60 + 60 * path.stat().st_size / 2**20  # seconds; decoders can hang
-    found = in_processes(_probe, paths, min(workers, len(paths)), limit)
+    begin = time.monotonic()
+    found = in_processes(_probe, paths, min(workers, len(paths)), seconds_for)
     found = dict(tqdm(found, "decoding", len(paths), unit="video"))
     seconds = time.monotonic() - begin
     problems = {path: found[path] if isinstance(found[path], str) else found[path].problem for path in paths}
     problems = {path: problem for path, problem in problems.items() if problem}
     for path, problem in problems.items():
-        print(f"broken: {path}: {problem}")
+        print(f"broken: {shown(path)}: {problem}")
     print(f"{len(paths)} videos decoded in {seconds:.0f} s with {workers} processes, {len(problems)} broken")
     good = [found[path] for path in paths if path not in problems]
     if good:
@@ -919,6 +1005,8 @@ def main() -> None:
     test.add_argument("--fold", type=int, default=1, help="official split, 1 to 3 (default: %(default)s)")
     test.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores, %(default)s)")
     args = vars(parser.parse_args())
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         if args.pop("command") == "toy":
             make_toy(**args)

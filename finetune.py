@@ -16,6 +16,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +50,7 @@ from data import (
     make_toy,
     note_unreadable,
     read_split,
+    shown,
 )
 from engine import opt
 from model import EPS, POSITIONS, SIZES, Classifier, grid_of, infer_config, load_weights, to_ours, unit_range
@@ -196,7 +198,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" and stage else {}
         named = dict(labels=about["classes"]) if "classes" in about else {}
         return state, about["model"] | named | (dict(clip=clip) if clip else {})
-    return state, hf_arguments(config, state) if config else infer_config(state)
+    if config is None:
+        return state, infer_config(state)
+    try:
+        return state, hf_arguments(config, state)
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}") from error
 
 
 def hf_files(folder: Path) -> list[Path]:
@@ -205,13 +212,27 @@ def hf_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if strange := [part for part in parts if Path(part).name != part]:
+                raise ValueError(f"{index.name} names {strange[0]!r}, outside of the folder")
+            return [folder / part for part in parts]
     return []
 
 
 def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
     """Our arguments for the model that a Hugging Face config.json describes; ValueError where ours cannot be it."""
+    if not isinstance(config, dict):
+        raise ValueError("not a Hugging Face configuration")
     config, classifier = HF_DEFAULTS | config, "classifier.weight" in state
+    for name, usual in HF_DEFAULTS.items():  # of the right kind, and nothing that no memory can hold
+        value, most = config[name], len(state) if name.endswith("layers") else 10_000
+        if type(usual) is int:
+            sides = value if name in ("image_size", "patch_size") and isinstance(value, list) else [value]
+            fits = all(isinstance(side, int) and 0 < side <= most for side in sides) and len(sides) in (1, 2)
+        else:
+            fits = isinstance(value, (int, float) if isinstance(usual, float) else type(usual))
+        if not fits:
+            raise ValueError(f"{name} = {str(value)[:50]!r} cannot be")
     needed = dict(model_type="videomae", num_channels=3, hidden_act="gelu")
     if classifier:
         needed["use_mean_pooling"] = True  # else the head reads token 0 alone, a corner of the first frames
@@ -230,7 +251,13 @@ def hf_arguments(config: dict, state: dict[str, Tensor]) -> dict:
     if not classifier:
         return dict(arguments, decoder_depth=size["decoder_depth"], normalize=config["norm_pix_loss"])
     names, classes = config["id2label"], len(state["classifier.weight"])
-    return dict(arguments, classes=classes, labels=[names.get(str(i), f"class {i}") for i in range(classes)])
+    return dict(arguments, classes=classes, labels=[str(names.get(str(i), f"class {i}")) for i in range(classes)])
+
+
+def file_key(path: Path) -> tuple:
+    """What tells a file apart, however its path is spelled and whatever links lead to it."""
+    about = os.stat(path)
+    return (about.st_dev, about.st_ino) if about.st_ino else (os.path.realpath(path),)
 
 
 def read_parts(cfg: DataConfig) -> tuple[Split, Split]:
@@ -239,15 +266,22 @@ def read_parts(cfg: DataConfig) -> tuple[Split, Split]:
     test = read_split(cfg.test_data or cfg.data, cfg.test_splits or cfg.splits, cfg.fold, train=False)
     if test == train:
         raise ValueError(f"{cfg.splits or cfg.data} has no test part: name one with --test-splits or --test-data")
-    if shared := set(train.paths) & set(test.paths):
-        raise ValueError(f"{len(shared)} videos are both training and test videos, for example {min(shared)}")
+    training = set(map(file_key, train.paths))
+    if shared := [path for path in test.paths if file_key(path) in training]:
+        raise ValueError(f"{len(shared)} videos are both training and test videos, for example {shown(min(shared))}")
     numbered = lambda split: split.classes == [str(i) for i in range(len(split.classes))]  # a list knows no names
     classes = max(train, test, key=lambda split: (not numbered(split), len(split.classes))).classes
     for part, split in (("training", train), ("test", test)):
         if min(split.labels) < 0:
-            raise ValueError(f"no label for the {part} video {split.paths[split.labels.index(min(split.labels))]}")
+            path = split.paths[split.labels.index(min(split.labels))]
+            raise ValueError(f"no label for the {part} video {shown(path)}")
         if max(split.labels) >= len(classes) or not numbered(split) and split.classes != classes:
             raise ValueError(f"the {part} videos have other classes: {', '.join(set(split.classes) ^ set(classes))}")
+    if max(test.labels) > max(train.labels):
+        path, most = test.paths[test.labels.index(max(test.labels))], max(train.labels)
+        raise ValueError(
+            f"the test video {shown(path)} has label {max(test.labels)}, training videos have none over {most}"
+        )
     return Split(train.paths, train.labels, classes), Split(test.paths, test.labels, classes)
 
 
@@ -334,17 +368,20 @@ def accuracies(scores: Tensor, view_classes: Tensor, labels: list[int]) -> dict[
 
 
 def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
-    """One line per test video: path, label, prediction, correct, five best classes and their probabilities."""
-    best = scores.topk(min(5, scores.shape[1]))
-    with open(path, "w", newline="") as file:
+    """One line per test video: path, label, prediction, correct, five best classes and their probabilities.
+
+    visualize.read_predictions reads it back: names that a spreadsheet would take for a formula stand behind ', and in
+    the list of classes ; is \\; and \\ is \\\\.
+    """
+    best, cell = scores.topk(min(5, scores.shape[1])), visualize.to_cell
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(visualize.PREDICTIONS)
         for video, label, values, indices in zip(split.paths, split.labels, *best, strict=True):
             top = [split.classes[i] for i in indices]
+            names = cell(str(video)), cell(split.classes[label]), cell(top[0])
             probabilities = ";".join(f"{value:.6f}" for value in values)
-            writer.writerow(
-                [video, split.classes[label], top[0], int(indices[0] == label), ";".join(top), probabilities]
-            )
+            writer.writerow([*names, int(indices[0] == label), visualize.join_names(top), probabilities])
 
 
 def write_results(run: Path, test: Split, scores: Tensor, view_classes: Tensor, **about) -> dict[str, float]:
@@ -449,7 +486,7 @@ def main(argv: list[str]) -> None:
         for path in cfg.predict if rank == 0 else ():
             scores, _ = score_videos(model, make_views(cfg, [path]), device, dtype)
             best = scores[0].topk(min(5, len(classes)))
-            print(path, *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
+            print(shown(path), *(f"{p:7.1%}  {classes[i]}" for p, i in zip(*best, strict=True)), sep="\n  ")
         return
 
     # Data: the labelled videos of both parts.

@@ -13,7 +13,6 @@ Leaves runs/NAME/ with features.npz, results.json, predictions.csv and classes.p
 
 import json
 import os
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -220,8 +219,9 @@ def main(argv: list[str]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     cache = run / "features.npz"
     try:
-        saved = dict(np.load(cache, allow_pickle=False))
-    except (OSError, ValueError, zipfile.BadZipFile):  # none, or a broken one
+        with np.load(cache, allow_pickle=False) as file:
+            saved = {key: file[key] for key in ("about", "train", "train_labels", "test")}
+    except Exception:  # none, or one that is broken, in any of many ways
         saved = {"about": ""}
     if str(saved["about"]) != about:
         sample = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)

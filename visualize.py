@@ -16,6 +16,7 @@ as the official code does; the figure then says so and shows what an empty predi
 import csv
 import json
 import math
+import re
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 import engine
-from data import center_clip, derive_seed, eval_transform, read_frames, read_split
+from data import center_clip, derive_seed, eval_transform, read_frames, read_split, shown
 from engine import opt
 from masking import MASKS
 from model import VideoMAE, normalize_cubes, patchify, unit_range, unpatchify
@@ -212,26 +213,52 @@ def plot_log(log: Path, out: Path) -> None:
 PREDICTIONS = ("path", "label", "prediction", "correct", "top5", "probabilities")  # the columns of predictions.csv
 
 
+FORMULA = tuple("=+-@\t\r\n'")  # how a cell begins that a spreadsheet would compute, and our sign that it is none
+
+
+def to_cell(text: str) -> str:
+    """Text as it stands in a table: behind ' where a spreadsheet would take it for a formula."""
+    return "'" + text if text.startswith(FORMULA) else text
+
+
+def from_cell(cell: str) -> str:
+    """The text of to_cell's cell."""
+    return cell.removeprefix("'")
+
+
+def join_names(names: list[str]) -> str:
+    """Names as one cell, each as to_cell has it, with ; between them; in a name, ; is \\; and \\ is \\\\."""
+    return ";".join(to_cell(name).replace("\\", r"\\").replace(";", r"\;") for name in names)
+
+
+def split_names(cell: str) -> list[str]:
+    """The names in join_names' cell."""
+    names = re.findall(r"(?:^|;)((?:\\.|[^\\;])*)", cell, re.DOTALL)
+    return [from_cell(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)) for name in names]
+
+
 def read_predictions(path: str | Path) -> list[dict]:
     """The rows of a predictions.csv, one a test video: path, label and prediction (class names) as text, correct, which
     is label == prediction, and as lists top5 (class names, best first) and their probabilities (floats, 0 to 1).
 
-    Raises ValueError, with the file, where it is missing or no such table, or names a video twice.
+    Names are what they were before they were written: see to_cell, join_names; bytes that are no UTF-8 stay as Python
+    has them in paths. Raises ValueError, with the file, where it is missing or no such table, or names a video twice.
     """
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = list(csv.DictReader(file, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, OSError) as error:
         raise ValueError(f"{path} is not a CSV file ({error})") from error
     if not table or not set(PREDICTIONS) <= set(table[0]):
         raise ValueError(f"{path} must hold the columns {', '.join(PREDICTIONS)} and at least one video")
     rows = []
     for number, row in enumerate(table, 1):
         try:
-            probabilities, top5 = [float(p) for p in row["probabilities"].split(";")], row["top5"].split(";")
-        except (ValueError, AttributeError):  # a word that is no number; a row that ends early
+            row |= {key: from_cell(row[key]) for key in ("path", "label", "prediction")}
+            probabilities, top5 = [float(p) for p in row["probabilities"].split(";")], split_names(row["top5"])
+        except (ValueError, AttributeError, TypeError):  # a word that is no number; a row that ends early
             probabilities, top5 = [], None
         if top5 is None or len(probabilities) != len(top5):
             raise ValueError(f"{path}: row {number}, {row['path']!r}: top5 and probabilities must be lists joined by ;")
@@ -253,7 +280,7 @@ def _bars(axis, bars: list[tuple[str, float, str]], color: str) -> None:
     """Horizontal bars (class, length, note behind it), the first one on top."""
     drawn = axis.barh(range(len(bars)), [length for _, length, _ in bars], color=color)
     axis.bar_label(drawn, [note for *_, note in bars], fontsize=5, padding=2, parse_math=False)
-    labels = [" ".join(name.split()) for name, *_ in bars]
+    labels = [shown(" ".join(name.split())) for name, *_ in bars]
     axis.set_yticks(range(len(bars)), labels, fontsize=6, parse_math=False)  # a $ in a name is a $
     axis.set_ylim(max(len(bars), 1) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=6)
@@ -297,22 +324,22 @@ def compare(path_a: str | Path, path_b: str | Path, out: str | Path, most: int =
         raise ValueError(f"{path_a} and {path_b} label {len(other)} videos differently: {other[0]!r} is {both}")
     a, b = map(class_accuracy, rows)
     for path, part in zip((path_a, path_b), rows, strict=True):
-        print(f"{100 * sum(row['correct'] for row in part) / len(part):.2f} % of {len(part)} videos: {path}")
+        print(f"{100 * sum(row['correct'] for row in part) / len(part):.2f} % of {len(part)} videos: {shown(path)}")
     names = sorted(a, key=lambda name: (-abs(a[name][0] - b[name][0]), name))
     sides = []
     for better, worse, path in ((a, b, path_a), (b, a, path_b)):
         gains = [(name, better[name][0] - worse[name][0]) for name in names if better[name][0] > worse[name][0]]
-        print(f"{len(gains)} of {len(a)} classes are better in {path}" + (", by most:" if gains else ""))
+        print(f"{len(gains)} of {len(a)} classes are better in {shown(path)}" + (", by most:" if gains else ""))
         notes = [f"{better[name][0]:.0f} %, not {worse[name][0]:.0f} %, of {a[name][1]}" for name, _ in gains[:most]]
         sides.append([(name, gain, note) for (name, gain), note in zip(gains, notes, strict=False)])
         for name, gain, note in sides[-1]:
-            print(f"  {gain:+6.1f} points  {name}  ({note})")
+            print(f"  {gain:+6.1f} points  {shown(name)}  ({note})")
     longest = max(map(len, names))
     size = (2 * (2.5 + 0.045 * longest), 0.13 * max(map(len, sides)) + 1)
     figure, axes = plt.subplots(1, 2, figsize=size, sharex=True, layout="constrained")
     for axis, side, path, color in zip(axes, sides, (path_a, path_b), ("tab:blue", "tab:red"), strict=True):
         _bars(axis, side, color)
-        axis.set_title(textwrap.fill(f"better in {path}", 36), fontsize=7, parse_math=False)
+        axis.set_title(textwrap.fill(f"better in {shown(path)}", 36), fontsize=7, parse_math=False)
         axis.set_xlabel("difference in top-1, points", fontsize=6)
     axes[0].set_xlim(0, 1.6 * max((gain for side in sides for _, gain, _ in side), default=1))
     figure.savefig(out, dpi=150)

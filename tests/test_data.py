@@ -333,11 +333,11 @@ def test_hmdb51_layout(tmp_path):
 
 
 def test_lists(tmp_path):
-    touch(tmp_path, "a b.mp4", "c.mp4", "d 7.mp4")
+    touch(tmp_path, "a b.mp4", "c.mp4", "d 7.mp4", "e.mp4")
     lines = tmp_path / "list.txt"
-    lines.write_text("a b.mp4 3\nc.mp4  1\n\nd 7.mp4\t0\na b.mp4\n")
+    lines.write_text("a b.mp4 3\nc.mp4  1\n\nd 7.mp4\t0\ne.mp4\n")
     split = read_split(tmp_path, lines)
-    assert [path.name for path in split.paths] == ["a b.mp4", "c.mp4", "d 7.mp4", "a b.mp4"]
+    assert [path.name for path in split.paths] == ["a b.mp4", "c.mp4", "d 7.mp4", "e.mp4"]
     assert split.labels == [3, 1, 0, -1] and len(split.classes) == 4
 
 

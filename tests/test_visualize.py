@@ -63,7 +63,7 @@ def test_predictions_that_are_none(tmp_path):
         (head + "\na,b,c\n", "row 1, 'a'"),
         (head + "\na,b,c,0,b;c,0.5;0.1\na,b,c,0,b;c,0.5;0.1\n", "'a' 2 times"),
         (head + '\n"a,b,c\n', "not a CSV file"),
-        (head + "\n\xff\n", "not a CSV file"),
+        (head + "\n\xff\n", "row 1, "),
     ):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=say):
