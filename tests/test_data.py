@@ -502,6 +502,25 @@ def test_workers_end_with_the_generator_even_those_that_are_stuck(seconds, monke
     assert not multiprocessing.active_children() and time.monotonic() - begin < seconds + 2
 
 
+def hold_workers(pipe):
+    batches = make_loader(Numbers(), [[(i, 0)] for i in range(50)], 2, pin=False)
+    next(batches)
+    pipe.send(len(multiprocessing.active_children()))
+    time.sleep(100)
+
+
+def test_workers_end_with_a_main_process_that_is_killed():
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold_workers, args=(there,))
+    process.start()
+    there.close()
+    assert here.recv() == 2
+    process.kill()
+    assert here.poll(4), "the workers still hold their end of the pipe"
+    with pytest.raises(EOFError):
+        here.recv()
+
+
 def test_workers_end_with_the_main_process():
     """Although they ignore SIGTERM, which is what multiprocessing sends them at exit before it waits for them."""
     code = (
