@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import copy
 import glob
+import json
 import math
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -592,6 +594,30 @@ def note_unreadable(bad: dict[str, str], unreadable: dict[str, str], clips: Tens
         raise ValueError(f"over a tenth of the videos cannot be read, for example {next(iter(bad.values()))}")
 
 
+def merge(progress: dict, processes: int) -> None:
+    """Make what each process counted the same in all: the mean of the summed loss, the unreadable files of all."""
+    if processes > 1:
+        parts = [None] * processes
+        dist.all_gather_object(parts, progress)
+        progress["loss"] = sum(part["loss"] for part in parts) / processes
+        progress["unreadable"] = {path: error for part in parts for path, error in part["unreadable"].items()}
+
+
+def split_batch(batch: int, processes: int, micro: int | None) -> tuple[int, int]:
+    """Effective batch -> (videos per process and forward pass, passes per optimiser step)."""
+    micro = micro or batch // processes
+    if micro < 1 or batch % (micro * processes):
+        raise ValueError(f"--batch {batch} must be a multiple of {processes} processes x micro batch {micro}")
+    return micro, batch // (micro * processes)
+
+
+def cosine_lr(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
+    """Learning rate of a step, as in the official code: linear from 0 to peak, both included, then half a cosine."""
+    if step < warmup:
+        return peak * step / max(warmup - 1, 1)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
 class Order(Sampler):
     """Keys of every micro-batch of this process, from step `start` to `steps`; a batch sampler for a DataLoader.
 
@@ -624,6 +650,24 @@ class Order(Sampler):
             skip = self.skip * self.micro if step == self.start else 0
             for i in range(begin + skip, begin + share, self.micro):
                 yield [(int(order[j]), derive_seed(2, self.seed, epoch, j)) for j in range(i, i + self.micro)]
+
+
+def note_skipped(skipped: list[int], done: int, lr: float, order: Order, videos: Videos, run: Path) -> None:
+    """Note that step number `done` was left out, because its gradient was not finite.
+
+    The tenth in a row ends the run: ValueError, and run/nonfinite.json names step, learning rate and videos.
+    """
+    skipped.append(done)
+    if skipped[-10:] != list(range(done - 9, done + 1)):
+        return
+    whole = Order(order.total, order.batch, order.batch, done - 1, done, order.seed, rank=0, size=1)
+    about = dict(step=done, lr=lr, videos=[str(videos.split.paths[i]) for i, _ in next(iter(whole))])
+    if order.rank == 0:
+        (run / "nonfinite.json").write_text(json.dumps(about, indent=1) + "\n")
+    raise ValueError(
+        f"no finite gradient in ten steps in a row, the last is {done} (lr {lr:.3g}): try a lower --base-lr, "
+        f"--clip-grad 1 or --precision fp32; {run / 'nonfinite.json'} names its videos, --resume repeats it"
+    )
 
 
 def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):

@@ -18,6 +18,8 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +31,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -44,16 +45,31 @@ from data import (
     Split,
     Videos,
     Views,
+    cosine_lr,
     derive_seed,
     finetune_transform,
     make_loader,
     make_toy,
+    merge,
+    note_skipped,
     note_unreadable,
     read_split,
     shown,
+    split_batch,
 )
 from engine import opt
-from model import EPS, POSITIONS, SIZES, Classifier, grid_of, infer_config, load_weights, to_ours, unit_range
+from model import (
+    EPS,
+    POSITIONS,
+    SIZES,
+    Classifier,
+    grid_of,
+    infer_config,
+    load_weights,
+    precision_dtype,
+    to_ours,
+    unit_range,
+)
 
 
 @dataclass
@@ -119,13 +135,15 @@ class Config(DataConfig):
     compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
     checkpointing: bool = opt(False, "compute activations twice: less memory, more time")
     log_every: int = opt(10, "steps from one line of log.jsonl to the next", 1)
+    shard: bool = opt(False, "spread weights and optimiser over the GPUs (FSDP2), for models too large for one")
     save_minutes: float = opt(10, "minutes from one checkpoint and loss curve to the next")
+    save_every: int | None = opt(None, "steps from one checkpoint to the next, besides; None: by the minutes alone", 1)
 
 
 CLIP = ("frames", "stride", "sampling", "resolution")
 MAY_CHANGE = set(
     "data splits test_data test_splits workers micro init least clips crops validate eval_only predict name "
-    "resume device compile checkpointing save_minutes".split()
+    "resume device compile checkpointing shard save_minutes save_every".split()
 )  # on resume
 
 # Table 10 and Appendix B of the paper, for the base model; warm-up, min_lr and head dropout of ucf101 from the official
@@ -303,11 +321,27 @@ def draw_shots(split: Split, shots: int, seed: int) -> Split:
 def make_mixer(classes: int, mixup: float, cutmix: float):
     """Mixup and cutmix in turns: (videos (B, T, C, H, W) float, labels (B,)) -> (videos, targets (B, classes)).
 
-    Each clip is mixed with the one before it in the batch; one mixing weight a batch. Draws from torch's generator.
+    Of two clips, each is mixed with the other by the same weight. Draws from torch's generator. None if both are off.
     """
     kinds = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
-    return v2.RandomChoice(kinds or [v2.Lambda(lambda x: x)])
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+def mix_pairs(mixer, clips: Tensor, labels: Tensor, repeats: int, seeds: list[int]) -> tuple[Tensor, Tensor]:
+    """Mix neighbouring videos: clips (2*K*R, T, C, H, W) float and their labels -> clips, targets (2*K*R, classes).
+
+    R = `repeats` clips of each video stand together. Each is mixed with the same of the neighbour, 0 with 1, 2 with 3
+    and so on, by its own of the K*R `seeds`: a batch is the same however it is spread over passes and GPUs (the
+    official code mixes a GPU's first clip with its last, by one weight for all).
+    """
+    pairs = [rearrange(x, "(k two r) ... -> (k r) two ...", two=2, r=repeats) for x in (clips, labels)]
+    mixed = []
+    for clip, label, seed in zip(*pairs, seeds, strict=True):
+        torch.manual_seed(seed)
+        mixed.append(mixer(tv_tensors.Video(clip), label))
+    clips, targets = (torch.stack([x.as_subclass(Tensor) for x in part]) for part in zip(*mixed, strict=True))
+    return tuple(rearrange(x, "(k r) two ... -> (k two r) ...", r=repeats) for x in (clips, targets))
 
 
 def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -335,10 +369,11 @@ def make_views(cfg: DataConfig, paths: list) -> Views:
 def score_videos(model, views: Views, device, dtype, rank: int = 0, processes: int = 1, workers: int = 0):
     """Softmax scores of every video: (mean over its views (videos, classes), best class of each view (videos, K)).
 
-    Every process takes every n-th video, each video once whatever the number of processes, and each gets all scores.
+    Every process takes every n-th video, each video counts once whatever the number of processes, and each gets all
+    scores. Those with one video less take the last one too, since processes that share a model must act alike.
     """
     model.eval()
-    mine = Subset(views, range(rank, len(views), processes))
+    mine = Subset(views, [min(i + rank, len(views) - 1) for i in range(0, len(views), processes)])
     loader = DataLoader(mine, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
     scores = {}
     for index, clips in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or len(views) == 1):
@@ -473,7 +508,9 @@ def main(argv: list[str]) -> None:
     preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
     device, rank, processes = engine.setup(cfg.device)
     run = Path("runs") / (cfg.name or f"finetune-{preset}")
-    dtype = engine.precision_dtype(cfg.precision, device)
+    dtype = precision_dtype(cfg.precision, device)
+    if cfg.shard and dtype == torch.float16:
+        raise ValueError("--shard does not go with fp16: use --precision bf16 or fp32")
     for name, most in dict(magnitude=10, smallest=1, erase=1, smoothing=1, drop_path=1, head_dropout=1).items():
         if getattr(cfg, name) > most:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at most {most}")
@@ -501,13 +538,16 @@ def main(argv: list[str]) -> None:
     split, test = read_parts(cfg)
 
     # Model; for evaluation nothing else.
-    resumed = engine.load_checkpoint(run / "checkpoint.pt", "finetune") if cfg.resume and not cfg.eval_only else None
+    begun = any((run / name).exists() for name in ("checkpoint.pt", "previous.pt")) and not cfg.eval_only
+    if begun and not cfg.resume:
+        raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
+    resumed = engine.load_checkpoint(run / "checkpoint.pt", "finetune") if begun else None
     cfg, model, classes, report = build(preset, cfg, run, split.classes, resumed)
     model.to(device).encoder.checkpointing = cfg.checkpointing
     one_view = make_views(replace(cfg, clips=1, crops=1), test.paths)
     score = partial(evaluate, model, test, source(preset, cfg, run), cfg, run, device, dtype, rank, processes)
     if rank == 0:
-        print(report)
+        print(report if begun or not cfg.resume else f"no checkpoint in {run}: starting from step 0\n{report}")
     if cfg.eval_only:
         score()
         if processes > 1:
@@ -519,30 +559,29 @@ def main(argv: list[str]) -> None:
     sample = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
     augment = finetune_transform(cfg.resolution, cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
     videos = Videos(split, sample, augment, cfg.repeats, same_time=True)
-    mix = make_mixer(len(classes), cfg.mixup, cfg.cutmix)
-    micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
-    if micro == 1 and (cfg.mixup or cfg.cutmix):
-        raise ValueError("one video at a time has no other to mix with: --micro 2 or more, or --mixup 0 --cutmix 0")
+    mixer = make_mixer(len(classes), cfg.mixup, cfg.cutmix)
+    micro, passes = split_batch(cfg.batch, processes, cfg.micro)
+    if mixer and micro % 2:
+        raise ValueError(f"{micro} videos at a time cannot be mixed in pairs: an even --micro, or --mixup 0 --cutmix 0")
     per_epoch = max(len(videos) // cfg.batch, 1)
     steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
     peak, floor = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
 
     # Optimiser.
+    net = engine.parallel(model, cfg.shard)
+    if cfg.compile:
+        model.compile()
     groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     config = {"model": model.config, "stage": asdict(cfg), "classes": classes, "videos": len(videos)}
-    start = 0
+    start, progress = 0, dict(loss=0.0, taken=0, skipped=[], unreadable={})  # loss: sum over the steps taken
     if resumed:
-        start = engine.resume(resumed, config, MAY_CHANGE, model=model, optimizer=optimizer, scaler=scaler)
-    elif (run / "checkpoint.pt").exists():
-        raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
-    net = torch.compile(model) if cfg.compile else model
-    net = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
+        start, progress = engine.resume(resumed, config, MAY_CHANGE, model, optimizer, scaler)
 
     order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
     batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
-    log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
+    log = visualize.Log(run / "log.jsonl", start, steps, on=rank == 0)
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
@@ -555,69 +594,79 @@ def main(argv: list[str]) -> None:
             log.write(config=config, torch=torch.__version__)
 
     # The loop.
-    total, waited, bad = torch.zeros((), device=device), 0.0, {}
-    logged = saved = time.time()
+    generator = torch.Generator(device)
+    clips_per_step = cfg.batch * cfg.repeats
+    share = clips_per_step // processes
+    signals, stop, done, saved = engine.stop_signals(catch=True), 0, start, time.time()
     for step in range(start, steps):
-        lr = engine.cosine_lr(step, steps, warmup, peak, floor)
+        lr = cosine_lr(step, steps, warmup, peak, floor)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        torch.manual_seed(derive_seed(7, cfg.seed, step, rank))  # of mixing, dropout and drop path: nothing to save
-        for number in range(1, passes + 1):
+
+        # Drop path, dropout and mixing of the whole effective batch are drawn clip by clip, of which this process takes
+        # its rows: the same on any number of GPUs.
+        generator.manual_seed(derive_seed(7, cfg.seed, step))
+        chances = torch.rand(clips_per_step, model.draws, generator=generator, device=device)
+        total = 0.0
+        for number, chance in enumerate(chances[rank * share :][:share].split(micro * cfg.repeats), start=1):
             asked = time.time()
             clips, labels, unreadable = next(batches)
-            waited += time.time() - asked
-            note_unreadable(bad, unreadable, clips, len(videos))
-            # Clips of one video apart from each other, since each is mixed with its neighbour in the batch.
-            clips, labels = (rearrange(x, "(b r) ... -> (r b) ...", r=cfg.repeats) for x in (clips, labels))
-            clips, labels = clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            clips, targets = mix(tv_tensors.Video(unit_range(clips)), labels)
-            with net.no_sync() if processes > 1 and number < passes else contextlib.nullcontext():
+            log.waited += time.time() - asked
+            note_unreadable(progress["unreadable"], unreadable, clips, len(videos))
+            clips, targets = clips.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            clips, first = unit_range(clips), (rank * share + (number - 1) * len(clips)) // 2  # first pair of clips
+            if mixer:
+                seeds = [derive_seed(11, cfg.seed, step, first + i) for i in range(len(clips) // 2)]
+                clips, targets = mix_pairs(mixer, clips, targets, cfg.repeats, seeds)
+            wait = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
+            with net.no_sync() if wait else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    logits = net(clips.as_subclass(Tensor))
+                    logits = net(clips, chance)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing)
                 scaler.scale(loss / passes).backward()
-            total += loss.detach() / passes
-        if cfg.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-        scaler.step(optimizer)
+            total = total + loss.detach() / passes
+        done = step + 1
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+        if norm.isfinite():
+            scaler.step(optimizer)
+            progress["loss"], progress["taken"] = progress["loss"] + total.item(), progress["taken"] + 1
+        else:  # the weights stay as they are
+            note_skipped(progress["skipped"], done, lr, order, videos, run)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        if done % cfg.log_every == 0 or done == steps:
-            count, now = (done - 1) % cfg.log_every + 1, time.time()
-            sums = torch.stack([total / processes, torch.tensor(len(bad), device=device)])
-            if processes > 1:
-                dist.all_reduce(sums)
-            loss, unreadable = sums[0].item() / count, int(sums[1])
-            if not math.isfinite(loss):
-                raise ValueError(f"loss is {loss} near step {done}: try a lower --base-lr, --clip-grad 1, or fp32")
-            log.write(
-                step=done, epoch=done / per_epoch, loss=loss, lr=lr, unreadable=unreadable,
-                clips_per_s=count * cfg.batch * cfg.repeats / (now - logged), waiting_for_data=waited / (now - logged),
+        save = time.time() - saved > 60 * cfg.save_minutes or cfg.save_every and done % cfg.save_every == 0
+        stop, save = engine.agree(max(signals, default=0), bool(save or signals or done == steps), device=device)
+        line = done % cfg.log_every == 0 or done == steps
+        if line or save:
+            merge(progress, processes)
+        if line:
+            log.report(progress, done, done / per_epoch, lr, clips_per_step)
+        if save:
+            engine.save_checkpoint(
+                run, model, optimizer, stage="finetune", config=config, step=done, steps=steps,
+                scaler=scaler.state_dict(), progress=progress,
             )  # fmt: skip
-            total.zero_()
-            waited, logged = 0.0, now
-            if rank == 0 and (done == steps or now - saved > 60 * cfg.save_minutes):
-                engine.save_checkpoint(
-                    run / "checkpoint.pt", stage="finetune", config=config, step=done, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                )  # fmt: skip
-                visualize.plot_log(run / "log.jsonl", run / "loss.png")
-                saved = time.time()
+            saved = time.time()
+        if save and rank == 0:
+            visualize.plot_log(run / "log.jsonl", run / "loss.png")
+        if stop:
+            break
         if cfg.validate and done % (cfg.validate * per_epoch) == 0 and done < steps:
+            asked = time.time()
             scores, best = score_videos(model, one_view, device, dtype, rank, processes, cfg.workers)
             log.write(step=done, top1=accuracies(scores, best, test.labels)["top1"])
-            logged = time.time()
-    log.bar.close()
+            log.time += time.time() - asked
 
-    if rank == 0:
-        for error in bad.values():
-            print(f"left out, unreadable: {error}")
-    score()
+    engine.stop_signals(catch=False)
+    log.close(progress, stop, done)
+    if not stop:
+        score()
     if processes > 1:
         dist.destroy_process_group()
+    if stop:
+        sys.exit(130 if stop == signal.SIGINT else 0)
 
 
 if __name__ == "__main__":

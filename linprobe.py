@@ -30,6 +30,7 @@ from data import (
     SAMPLING,
     TOY,
     Videos,
+    cosine_lr,
     derive_seed,
     make_loader,
     make_toy,
@@ -48,7 +49,7 @@ from finetune import (
     read_weights,
     write_results,
 )
-from model import POSITIONS, SIZES, Encoder, load_weights, set_eps, to_ours, widths
+from model import POSITIONS, SIZES, Encoder, load_weights, precision_dtype, set_eps, to_ours, widths
 
 
 @dataclass
@@ -154,7 +155,7 @@ def train_head(features: Tensor, labels: Tensor, classes: int, base_lr: float, c
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(features)).to(features.device)
-        optimizer.param_groups[0]["lr"] = engine.cosine_lr(step, steps, warmup, base_lr * batch / 256, 0.0)
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, warmup, base_lr * batch / 256, 0.0)
         rows = order[step % per_epoch * batch :][:batch]
         view = torch.randint(features.shape[1], (batch,)).to(features.device)
         loss = F.cross_entropy(head(features[rows, view]), labels[rows])
@@ -178,7 +179,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("linprobe.py runs in one process: start it with python, not torchrun")
     init = cfg.init or str(Path("runs") / f"pretrain-{preset}" / "checkpoint.pt")
     run = Path("runs") / (cfg.name or f"linprobe-{preset}" + "-random" * (init == "random"))
-    dtype = engine.precision_dtype(cfg.precision, device)
+    dtype = precision_dtype(cfg.precision, device)
     if cfg.videos and not cfg.features:
         raise ValueError("--videos goes with --features: name the .npz file to write")
     if cfg.features and (Path(cfg.features).suffix != ".npz" or not Path(cfg.features).parent.is_dir()):

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
 # Width, blocks and heads of encoder and decoder. Small to huge: paper Table 8 and section 4.2; decoder depth 12 for
 # large and huge as in the official scripts (the paper says 4). Tiny and toy are ours.
@@ -72,6 +71,14 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def drop(x: Tensor, rate: float, chance: Tensor | None) -> Tensor:
+    """Zeros where `chance` (0-1, broadcast to x) is below `rate`, the rest scaled to keep the mean; None: x as it is.
+
+    With the chances of each clip drawn outside, a step is the same however its batch is spread over passes and GPUs.
+    """
+    return x if chance is None or rate == 0 else x * (chance >= rate) / (1 - rate or 1)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; `drop_path` is the rate at which a clip skips each of its two branches."""
 
@@ -81,18 +88,35 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
-        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, chance: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `chance` (B, 1, 1) decides for each branch which clips skip it, see drop."""
+        first, second = chance or (None, None)
+        x = x + drop(self.attn(self.norm1(x)), self.drop_path, first)
+        return x + drop(self.mlp(self.norm2(x)), self.drop_path, second)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool) -> Tensor:
-    """Apply the blocks in turn; with checkpointing, keep only their inputs and compute each again in the backward."""
-    for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool, chances: Tensor | None = None) -> Tensor:
+    """Apply the blocks in turn, with two columns each of `chances` (B, 2*depth) for drop path (None: nothing drops).
+
+    With checkpointing, keep only the blocks' inputs and compute each again in the backward.
+    """
+    pairs = [None] * len(blocks) if chances is None else [c[..., None, None].unbind(1) for c in chances.split(2, dim=1)]
+    for block, pair in zip(blocks, pairs, strict=True):
+        recompute = checkpointing and torch.is_grad_enabled()
+        x = checkpoint(block, x, pair, use_reentrant=False) if recompute else block(x, pair)
     return x
+
+
+def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Type of matrix products; "auto": bf16 where the hardware has it, else fp16 on GPU and float32 on CPU."""
+    if precision == "auto":
+        cuda, cpu = device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
+        on_cpu = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else on_cpu
+        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def init_linears(module: nn.Module, init_weight) -> None:
@@ -238,8 +262,11 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD), persistent=False)
 
-    def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
-        """(B, T, C, H, W) -> (B, N, D), or (B, V, D) when `visible` (B, V) names the tokens to look at."""
+    def forward(self, video: Tensor, visible: Tensor | None = None, chances: Tensor | None = None) -> Tensor:
+        """(B, T, C, H, W) -> (B, N, D), or (B, V, D) when `visible` (B, V) names the tokens to look at.
+
+        `chances` (B, 2*depth), uniform in 0-1, decide which clips skip which branches; None: none does.
+        """
         size = (video.shape[1], *video.shape[3:])
         if size != self.video_size:
             raise ValueError(f"the model was built for clips of (T, H, W) = {self.video_size}, this one is {size}")
@@ -248,7 +275,7 @@ class Encoder(nn.Module):
         pixels = rearrange(unit_range(cubes), "b n (p c) -> b n p c", c=3)
         x = self.patch_embed(rearrange((pixels - self.mean) / self.std, "b n p c -> b n (p c)"))
         x = x + (self.positions if visible is None else self.positions[visible])
-        return self.norm(run_blocks(self.blocks, x, self.checkpointing))
+        return self.norm(run_blocks(self.blocks, x, self.checkpointing, chances))
 
 
 # ------------------------------------------------------------------------------------------------ VideoMAE
@@ -391,16 +418,24 @@ class Classifier(nn.Module):
                            positions=positions, drop_path=drop_path, head_dropout=head_dropout, init_scale=init_scale,
                            trained_grid=list(trained_grid or self.encoder.grid), eps=list(eps))  # fmt: skip
         self.fc_norm = nn.LayerNorm(s["dim"])
-        self.dropout = nn.Dropout(head_dropout)
+        self.head_dropout, self.draws = head_dropout, 2 * s["depth"] + s["dim"]
         self.head = nn.Linear(s["dim"], classes)
         for module in (self.encoder.blocks, self.head):
             init_linears(module, partial(nn.init.trunc_normal_, std=0.02))
         self.head.weight.data.mul_(init_scale)
         set_eps(self, eps)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """(B, T, C, H, W) -> logits (B, classes)."""
-        return self.head(self.dropout(self.fc_norm(self.encoder(video).mean(dim=1))))
+    def forward(self, video: Tensor, chances: Tensor | None = None) -> Tensor:
+        """(B, T, C, H, W) -> logits (B, classes).
+
+        `chances` (B, self.draws), uniform in 0-1, decide what drop path (2 columns a block) and dropout (D columns)
+        leave out; drawn here if not given while training.
+        """
+        if chances is None and self.training:
+            chances = torch.rand(len(video), self.draws, device=video.device)
+        paths, values = (None, None) if chances is None else chances.tensor_split([-len(self.fc_norm.weight)], dim=1)
+        x = self.fc_norm(self.encoder(video, chances=paths).mean(dim=1))
+        return self.head(drop(x, self.head_dropout, values))
 
 
 # ------------------------------------------------------------------------------------ weights from elsewhere

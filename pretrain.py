@@ -5,13 +5,16 @@
     torchrun --nproc_per_node 8 pretrain.py hmdb51 --data ~/hmdb51 --splits ~/testTrainMulti_7030_splits
     python pretrain.py --data FOLDER --batch 4 --epochs 500        # any folder of videos, toy model and recipe
 
-Leaves runs/NAME/ with checkpoint.pt, log.jsonl, loss.png and reconstruction.png; --resume goes on where it stopped.
+Leaves runs/NAME/ with checkpoint.pt (the one before: previous.pt), log.jsonl, loss.png and reconstruction.png. However
+a run ended, the same command with --resume goes on exactly; SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint first.
 Expect a loss that starts above the printed "predict nothing" level (1 for normalised cubes), stays at it for a while,
 then falls, ever more slowly, for as long as you train.
 """
 
 import contextlib
 import math
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +23,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import visualize
@@ -28,17 +30,21 @@ from data import (
     TOY,
     Order,
     Videos,
+    cosine_lr,
     derive_seed,
     make_loader,
     make_toy,
+    merge,
+    note_skipped,
     note_unreadable,
     pretrain_transform,
     read_split,
     sample_clip,
+    split_batch,
 )
 from engine import opt
 from masking import MASKS
-from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE
+from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE, precision_dtype
 
 
 @dataclass
@@ -82,10 +88,14 @@ class Config:
     compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
     checkpointing: bool = opt(False, "compute activations twice: less memory, more time")
     log_every: int = opt(10, "steps from one line of log.jsonl to the next", 1)
+    shard: bool = opt(False, "spread weights and optimiser over the GPUs (FSDP2), for models too large for one")
     save_minutes: float = opt(10, "minutes from one checkpoint and loss curve to the next")
+    save_every: int | None = opt(None, "steps from one checkpoint to the next, besides; None: by the minutes alone", 1)
 
 
-MAY_CHANGE = set("data splits workers micro name resume device compile checkpointing save_minutes".split())  # on resume
+MAY_CHANGE = set(
+    "data splits workers micro name resume device compile checkpointing shard save_minutes save_every".split()
+)  # on resume
 
 # Epochs, batch, learning rate, stride, ratio: paper Table 9, section 4.2, Appendix B (1600 epochs on k400 for Table 7,
 # 2400 on ssv2 for Table 6). Warm-up, min_lr and betas of ucf101: official script; of hmdb51: as ucf101, since nothing
@@ -126,7 +136,7 @@ def main(argv: list[str]) -> None:
     dense = 2 if cfg.target == "double" else 1  # target "double": twice the frames at half the stride
     sample = partial(sample_clip, frames=cfg.frames * dense, stride=cfg.stride // dense)
     videos = Videos(split, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
-    micro, passes = engine.split_batch(cfg.batch, processes, cfg.micro)
+    micro, passes = split_batch(cfg.batch, processes, cfg.micro)
     per_epoch = max(len(videos) // cfg.batch, 1)
     steps, warmup = cfg.epochs * per_epoch, int(cfg.warmup * per_epoch)
     peak, floor = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
@@ -138,24 +148,31 @@ def main(argv: list[str]) -> None:
         cfg.size, video_size, cfg.cube, cfg.positions, cfg.decoder_depth, cfg.target, cfg.normalize, cfg.loss
     ).to(device)
     model.encoder.checkpointing = cfg.checkpointing
+    net = engine.parallel(model, cfg.shard)
+    if cfg.compile:
+        model.compile()
     matrices = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]  # only these decay
     others = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, cfg.beta2), fused=True)
-    dtype = engine.precision_dtype(cfg.precision, device)
+    dtype = precision_dtype(cfg.precision, device)
+    if cfg.shard and dtype == torch.float16:
+        raise ValueError("--shard does not go with fp16: use --precision bf16 or fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config, start = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}, 0
-    if cfg.resume:
-        parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-        start = engine.resume(engine.load_checkpoint(run / "checkpoint.pt", "pretrain"), config, MAY_CHANGE, **parts)
-    elif (run / "checkpoint.pt").exists():
+    config = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}
+    start, progress = 0, dict(loss=0.0, taken=0, skipped=[], unreadable={})  # loss: sum over the steps taken
+    begun = any((run / name).exists() for name in ("checkpoint.pt", "previous.pt"))
+    if begun and not cfg.resume:
         raise ValueError(f"{run} holds a run already: continue it with --resume, or choose another --name")
-    net = torch.compile(model) if cfg.compile else model
-    net = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
+    if begun:
+        saved = engine.load_checkpoint(run / "checkpoint.pt", "pretrain")
+        start, progress = engine.resume(saved, config, MAY_CHANGE, model, optimizer, scaler)
+    if cfg.resume and rank == 0:
+        print(f"going on after step {start} of {steps}" if begun else f"no checkpoint in {run}: starting from step 0")
 
     order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
     batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
-    log = engine.Log(run / "log.jsonl", start, steps, on=rank == 0)
+    log = visualize.Log(run / "log.jsonl", start, steps, on=rank == 0)
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
@@ -168,69 +185,70 @@ def main(argv: list[str]) -> None:
     generator = torch.Generator(device)
     clips_per_step = cfg.batch * cfg.repeats
     share = clips_per_step // processes
-    total, waited, bad = torch.zeros((), device=device), 0.0, {}
-    logged = saved = time.time()
+    signals, stop, done, saved = engine.stop_signals(catch=True), 0, start, time.time()
     for step in range(start, steps):
-        lr = engine.cosine_lr(step, steps, warmup, peak, floor)
+        lr = cosine_lr(step, steps, warmup, peak, floor)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # Masks of the whole effective batch, of which this process takes its rows: the same on any number of GPUs.
         generator.manual_seed(derive_seed(3, cfg.seed, step))
         masks = MASKS[cfg.mask](clips_per_step, model.encoder.grid, cfg.ratio, generator, device)
+        total = 0.0
         for number, mask in enumerate(masks[rank * share :][:share].split(micro * cfg.repeats), start=1):
             asked = time.time()
             clips, _, unreadable = next(batches)
-            waited += time.time() - asked
-            note_unreadable(bad, unreadable, clips, len(videos))
+            log.waited += time.time() - asked
+            note_unreadable(progress["unreadable"], unreadable, clips, len(videos))
             clips = clips.to(device, non_blocking=True)
-            with net.no_sync() if processes > 1 and number < passes else contextlib.nullcontext():
+            wait = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
+            with net.no_sync() if wait else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, _ = net(clips, mask)
                 scaler.scale(loss / passes).backward()
-            total += loss.detach() / passes
-        if cfg.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-        scaler.step(optimizer)
+            total = total + loss.detach() / passes
+        done = step + 1
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+        if norm.isfinite():
+            scaler.step(optimizer)
+            progress["loss"], progress["taken"] = progress["loss"] + total.item(), progress["taken"] + 1
+        else:  # the weights stay as they are
+            note_skipped(progress["skipped"], done, lr, order, videos, run)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
         if step == 0:  # the loss of a model that predicts the targets' mean everywhere
             places = torch.arange(mask.shape[1], device=device).expand(len(clips[:8]), -1)
             target = model.target_cubes(clips[:8], places)
             nothing = model.loss(target.mean().expand_as(target), target).item()
             log.write(config=config, torch=torch.__version__, predict_nothing=nothing)
-        if done % cfg.log_every == 0 or done == steps:
-            count, now = (done - 1) % cfg.log_every + 1, time.time()
-            report = torch.stack([total / processes, torch.tensor(len(bad), device=device)])
-            if processes > 1:
-                dist.all_reduce(report)
-            loss, unreadable = report[0].item() / count, int(report[1])
-            if not math.isfinite(loss):
-                raise ValueError(f"loss is {loss} near step {done}: try a lower --base-lr, --clip-grad 1, or fp32")
-            log.write(
-                step=done, epoch=done / per_epoch, loss=loss, lr=lr, unreadable=unreadable,
-                clips_per_s=count * clips_per_step / (now - logged), waiting_for_data=waited / (now - logged),
+        save = time.time() - saved > 60 * cfg.save_minutes or cfg.save_every and done % cfg.save_every == 0
+        stop, save = engine.agree(max(signals, default=0), bool(save or signals or done == steps), device=device)
+        line = done % cfg.log_every == 0 or done == steps
+        if line or save:
+            merge(progress, processes)
+        if line:
+            log.report(progress, done, done / per_epoch, lr, clips_per_step)
+        if save:
+            engine.save_checkpoint(
+                run, model, optimizer, stage="pretrain", config=config, step=done, steps=steps,
+                scaler=scaler.state_dict(), progress=progress,
             )  # fmt: skip
-            total.zero_()
-            waited, logged = 0.0, now
-            if rank == 0 and (done == steps or now - saved > 60 * cfg.save_minutes):
-                engine.save_checkpoint(
-                    run / "checkpoint.pt", stage="pretrain", config=config, step=done, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                )  # fmt: skip
-                visualize.plot_log(run / "log.jsonl", run / "loss.png")
-                saved = time.time()
+            saved = time.time()
+        if save and rank == 0:
+            visualize.plot_log(run / "log.jsonl", run / "loss.png")
+        if stop:
+            break
 
-    log.bar.close()
-    if rank == 0:
-        for error in bad.values():
-            print(f"left out, unreadable: {error}")
+    engine.stop_signals(catch=False)
+    log.close(progress, stop, done)
+    if rank == 0 and not stop:
         visualize.main(["--checkpoint", str(run / "checkpoint.pt")])
     if processes > 1:
         dist.destroy_process_group()
+    if stop:
+        sys.exit(130 if stop == signal.SIGINT else 0)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ as the official code does; the figure then says so and shows what an empty predi
 import csv
 import json
 import math
+import os
 import re
+import signal
 import textwrap
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 import engine
 from data import center_clip, derive_seed, eval_transform, read_frames, read_split, shown
@@ -180,6 +184,58 @@ def save_columns(images, rows, out: Path | None) -> Image.Image:
         figure.savefig(out, dpi=200)
     plt.close(figure)
     return image
+
+
+class Log:
+    """log.jsonl and a progress bar, on rank 0. A resumed run drops the lines that its checkpoint does not cover."""
+
+    def __init__(self, path: Path, start: int, total: int, on: bool):
+        self.path, self.on, self.bar = path, on, tqdm(initial=start, total=total, unit="step", disable=not on)
+        self.step, self.time, self.waited = start, time.time(), 0.0  # of the last line; seconds without data since
+        if on:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            old = path.read_text().splitlines() if start and path.exists() else []
+            part = path.with_suffix(".part")
+            part.write_text("".join(line + "\n" for line in old if self.covers(line, start)))
+            os.replace(part, path)
+
+    @staticmethod
+    def covers(line: str, start: int) -> bool:
+        """Whether a line is whole and of step `start` at the latest; that without a step is the first one."""
+        try:
+            return json.loads(line).get("step", 0) <= start
+        except ValueError:
+            return False
+
+    def write(self, **values) -> None:
+        """Append one JSON line of what is not None; one with a step also moves the bar."""
+        if self.on:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({key: value for key, value in values.items() if value is not None}) + "\n")
+            self.bar.update(values.get("step", self.bar.n) - self.bar.n)
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k != "step" and isinstance(v, float)})
+
+    def report(self, progress: dict, done: int, epoch: float, lr: float, clips: int) -> None:
+        """The line of the steps since the last one, of `clips` clips each; `progress` begins to sum anew."""
+        seconds, taken = time.time() - self.time, progress["taken"]
+        self.write(
+            step=done, epoch=epoch, loss=progress["loss"] / taken if taken else None, lr=lr,
+            unreadable=len(progress["unreadable"]), skipped=len(progress["skipped"]),
+            clips_per_s=(done - self.step) * clips / seconds, waiting_for_data=self.waited / seconds,
+        )  # fmt: skip
+        self.step, self.time, self.waited = done, time.time(), 0.0
+        progress["loss"], progress["taken"] = 0.0, 0
+
+    def close(self, progress: dict, stop: int, done: int) -> None:
+        """Say what was left out, and which signal stopped the run after step `done` (0: none)."""
+        self.bar.close()
+        if self.on:
+            for error in progress["unreadable"].values():
+                print(f"left out, unreadable: {error}")
+            print(f"{len(progress['unreadable'])} unreadable videos, {len(progress['skipped'])} steps without gradient")
+        if self.on and stop:
+            name = signal.Signals(stop).name
+            print(f"stopped by {name} after step {done} of {self.bar.total}; the same command with --resume goes on")
 
 
 def plot_log(log: Path, out: Path) -> None:
@@ -361,7 +417,7 @@ def example_clips(model: VideoMAE, stage: dict, stride: int, count: int) -> list
 
 
 def main(argv: list[str]) -> None:
-    _, cfg = engine.parse_config(Config, argv, __doc__)
+    _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
     if cfg.compare and len(cfg.compare) != 2:
         raise ValueError(f"--compare needs two files, not {len(cfg.compare)}: {' '.join(cfg.compare)}")
     beside = Path(cfg.compare[0]).with_name("comparison.png") if cfg.compare else None

@@ -9,7 +9,10 @@ from typing import Literal
 import pytest
 import torch
 
+import data
 import engine
+import model
+import visualize
 
 
 @dataclass
@@ -50,20 +53,20 @@ def test_help_shows_units_and_defaults(capsys):
 
 
 def test_learning_rate_follows_the_official_schedule():
-    lr = [engine.cosine_lr(step, 100, 10, 1.0, 0.1) for step in range(100)]
+    lr = [data.cosine_lr(step, 100, 10, 1.0, 0.1) for step in range(100)]
     assert lr[0] == 0 and lr[9] == 1 and lr[3] == pytest.approx(3 / 9)  # linspace(0, 1, 10)
     assert lr[10] == 1 and lr[55] == pytest.approx(0.55)  # half-way: the mean of peak and floor
     assert 0.1 < lr[99] < 0.101
-    assert engine.cosine_lr(0, 10, 0, 1.0, 0.0) == 1
+    assert data.cosine_lr(0, 10, 0, 1.0, 0.0) == 1
 
 
 def test_effective_batch():
-    assert engine.split_batch(192, 1, None) == (192, 1)
-    assert engine.split_batch(192, 4, None) == (48, 1)
-    assert engine.split_batch(192, 4, 16) == (16, 3)
+    assert data.split_batch(192, 1, None) == (192, 1)
+    assert data.split_batch(192, 4, None) == (48, 1)
+    assert data.split_batch(192, 4, 16) == (16, 3)
     for bad in ((10, 4, None), (192, 1, 100), (2, 4, None)):
         with pytest.raises(ValueError, match=str(bad[0])):
-            engine.split_batch(*bad)
+            data.split_batch(*bad)
 
 
 def test_checkpoints_survive_a_failed_write(tmp_path):
@@ -109,20 +112,20 @@ def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch, tmp_p
 
 def test_log_drops_what_the_checkpoint_does_not_cover(tmp_path):
     path = tmp_path / "run" / "log.jsonl"
-    log = engine.Log(path, 0, 30, on=True)
+    log = visualize.Log(path, 0, 30, on=True)
     log.write(config={})
     for step in (10, 20, 30):
         log.write(step=step, loss=1.0 / step)
-    engine.Log(path, 20, 30, on=True)
+    visualize.Log(path, 20, 30, on=True)
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 10, 20]
-    engine.Log(path, 0, 30, on=True)
+    visualize.Log(path, 0, 30, on=True)
     assert path.read_text() == ""
 
 
 def test_precision():
     cpu = torch.device("cpu")
-    assert engine.precision_dtype("bf16", cpu) == torch.bfloat16
-    assert engine.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    assert model.precision_dtype("bf16", cpu) == torch.bfloat16
+    assert model.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
 
 
 def test_cuda_without_a_gpu_is_one_clear_error():

@@ -272,7 +272,7 @@ def test_config_rebuilds_the_model():
 
 def test_drop_path_grows_with_depth_and_head_starts_small():
     classifier = Classifier("tiny", 5, (8, 32, 48), (2, 8, 8), drop_path=0.2)
-    rates = [block.drop_path.p for block in classifier.encoder.blocks]
+    rates = [block.drop_path for block in classifier.encoder.blocks]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.2) and rates == sorted(rates)
     assert classifier(clip()).abs().max() < 0.05 and classifier(clip()).shape == (2, 5)
 

@@ -60,7 +60,7 @@ def test_pretrain_then_visualize(here, capsys):
     lines = [json.loads(line) for line in open("runs/pretrain-toy/log.jsonl")][1:]
     assert [line["step"] for line in lines] == list(range(1, 10))
     peak, floor = 9.6e-2 * 8 / 256, 9.6e-4 * 8 / 256
-    assert [line["lr"] for line in lines] == [engine.cosine_lr(step, 9, 1, peak, floor) for step in range(9)]
+    assert [line["lr"] for line in lines] == [data.cosine_lr(step, 9, 1, peak, floor) for step in range(9)]
     capsys.readouterr()
 
     video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
