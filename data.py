@@ -682,7 +682,7 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
         keys = order.later(delivered) if isinstance(order, Order) else order[delivered:]
         loader = DataLoader(
             dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
-            worker_init_fn=_ignore_signals, generator=torch.Generator(),  # else it draws from the global one
+            worker_init_fn=_begin_worker, generator=torch.Generator(),  # else it draws from the global one
         )  # fmt: skip
         others, processes, batches = multiprocessing.active_children(), [], None
         at_exit = partial(_kill, processes)  # a worker would ignore multiprocessing's SIGTERM, and be waited for
@@ -701,11 +701,10 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
                 delivered, deaths = delivered + 1, 0
                 yield batch
         except Exception:
-            wait([p.sentinel for p in processes], min(workers, 1))  # a lost connection may be seen before the death
-            dead = [p for p in processes if p.exitcode is not None]
-            if not dead:
+            ended = wait([p.sentinel for p in processes], min(workers, 1))  # a lost connection is seen before it
+            if not ended:
                 raise
-            deaths += 1
+            dead, deaths = [p for p in processes if p.sentinel in ended], deaths + 1
         finally:
             if any(p.is_alive() for p in processes):
                 timer = threading.Timer(2, _kill, [processes])  # for those that do not end when asked
@@ -724,10 +723,17 @@ def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
         tqdm.write(f"a loader worker died (exit code {codes}): going on with new ones", file=sys.stderr)
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # not everywhere
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _follow(parent) -> None:
+    """End when the main process does: PyTorch only looks between two batches, and not at all under `forkserver`."""
+    parent.join()
+    os._exit(1)
 
 
 def _kill(processes: list) -> None:
