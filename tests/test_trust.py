@@ -1,5 +1,6 @@
 """Interruptions, faults and several processes: what is left is the uninterrupted run of one process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -73,6 +74,10 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(here, monke
     said = capsys.readouterr().out
     assert stop.value.code == 0 and f"stopped by SIGTERM after step 4 of {12 if stage is pretrain else 6};" in said
     assert engine.load_checkpoint("runs/cut/checkpoint.pt", name)["step"] == 4
+    argv = ["--data", here, *FINETUNE, "--init", "runs/cut/checkpoint.pt", "--eval-only", "--name", "other"]
+    with contextlib.suppress(ValueError):  # of pre-training: no head to evaluate
+        finetune.main(argv)
+        assert "runs/cut/checkpoint.pt (unfinished: step 4 of 6): 58 matched" in capsys.readouterr().out
     stage.main(["--data", here, *flags, "--name", "cut", "--resume"])
     assert same("cut", "whole", name)
 
