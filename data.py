@@ -153,9 +153,10 @@ def _open(path: str | Path):
 
 
 def _video_stream(container):
-    if not container.streams.video:
+    """The stream that a player would choose; cover pictures are none."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         raise OSError("no video in this file")
-    stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
     return stream
 
@@ -673,6 +674,8 @@ def probe(path: str | Path) -> Probe:
         with _open(path) as container:
             stream = _video_stream(container)
             found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
+            if "mp4" in container.format.name.split(","):  # an edit list may show a part
+                found.announced = sum(not entry.is_discard for entry in stream.index_entries)
             found.size = (stream.codec_context.width, stream.codec_context.height)
             for packet in chain((packet for packet in container.demux(stream) if packet.size), [None]):
                 for frame in stream.codec_context.decode(packet):
