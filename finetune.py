@@ -238,7 +238,7 @@ def hf_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if strange := [part for part in parts if Path(part).name != part]:
-                raise ValueError(f"{index.name} names {strange[0]!r}, outside of the folder")
+                raise ValueError(f"{index.name} names a file outside of the folder: {strange[0]!r}")
             return [folder / part for part in parts]
     return []
 
@@ -412,7 +412,7 @@ def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
     """One line per test video: path, label, prediction, correct, five best classes and their probabilities.
 
     visualize.read_predictions reads it back: names that a spreadsheet would take for a formula stand behind ', and in
-    the list of classes ; is \\; and \\ is \\\\.
+    the list of classes ; is \\: and \\ is \\\\.
     """
     best, cell = scores.topk(min(5, scores.shape[1])), visualize.to_cell
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -287,14 +287,15 @@ def from_cell(cell: str) -> str:
 
 
 def join_names(names: list[str]) -> str:
-    """Names as one cell, each as to_cell has it, with ; between them; in a name, ; is \\; and \\ is \\\\."""
-    return ";".join(to_cell(name).replace("\\", r"\\").replace(";", r"\;") for name in names)
+    """Names as one cell, each as to_cell has it, with ; between them; in a name, ; is \\: and \\ is \\\\."""
+    return ";".join(to_cell(name).replace("\\", r"\\").replace(";", r"\:") for name in names)
 
 
 def split_names(cell: str) -> list[str]:
     """The names in join_names' cell."""
     names = re.findall(r"(?:^|;)((?:\\.|[^\\;])*)", cell, re.DOTALL)
-    return [from_cell(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)) for name in names]
+    plain = lambda match: ";" if match[1] == ":" else match[1]
+    return [from_cell(re.sub(r"\\(.)", plain, name, flags=re.DOTALL)) for name in names]
 
 
 def read_predictions(path: str | Path) -> list[dict]:
