@@ -18,16 +18,17 @@ demo: $(STAGES:%=runs/%/results.json)
 	@echo "Look at $(PRE)/reconstruction.png and runs/finetune-toy$S/classes.png"
 
 $(PRE)/reconstruction.png: | .venv/installed
-	$(RUN) pretrain.py --seed $(SEED) --name pretrain-toy$S $(if $(wildcard $(PRE)/checkpoint.pt),--resume)
+	$(RUN) pretrain.py --seed $(SEED) --name pretrain-toy$S --resume
+	@test -f $@  # not if a signal stopped it
 
 runs/finetune-toy$S/results.json: $(PRE)/reconstruction.png
-	$(FINE) finetune-toy$S --init $(PRE)/checkpoint.pt $(if $(wildcard $(@D)/checkpoint.pt),--resume)
+	$(FINE) finetune-toy$S --init $(PRE)/checkpoint.pt --resume
 
 runs/scratch-toy$S/results.json: $(PRE)/reconstruction.png
-	$(FINE) scratch-toy$S $(SCRATCH) $(if $(wildcard $(@D)/checkpoint.pt),--resume)
+	$(FINE) scratch-toy$S $(SCRATCH) --resume
 
 runs/scratch2-toy$S/results.json: $(PRE)/reconstruction.png
-	$(FINE) scratch2-toy$S $(SCRATCH) --epochs 40 $(if $(wildcard $(@D)/checkpoint.pt),--resume)
+	$(FINE) scratch2-toy$S $(SCRATCH) --epochs 40 --resume
 
 runs/linprobe-toy$S/results.json: $(PRE)/reconstruction.png
 	$(PROBE) linprobe-toy$S --init $(PRE)/checkpoint.pt

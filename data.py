@@ -16,7 +16,6 @@ import argparse
 import atexit
 import contextlib
 import copy
-import glob
 import json
 import math
 import multiprocessing
@@ -33,7 +32,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -158,9 +157,10 @@ def _open(path: str | Path):
 
 
 def _video_stream(container):
-    if not container.streams.video:
+    """The stream that a player would choose; cover pictures are none."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         raise OSError("no video in this file")
-    stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # loader workers are the parallelism; FFmpeg's threads can deadlock
     return stream
 
@@ -169,9 +169,11 @@ def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
     """Key frames that split the packets in decoding order into the same two parts as in display order.
 
     Returns (packet number, frames shown before it) of each, and the display times of all shown frames in order; no
-    cuts where a time is missing or where the file does not begin with such a key frame.
+    cuts where a time is missing, where packets are out of order (some will show nothing), and where the file does not
+    begin with such a key frame.
     """
-    if any(packet.pts is None for packet in packets):
+    order = [packet.dts for packet in packets if packet.dts is not None]
+    if any(packet.pts is None for packet in packets) or any(a > b for a, b in pairwise(order)):
         return [], []
     cuts, shown, latest = [], 0, -math.inf
     for number, packet in enumerate(packets):
@@ -794,6 +796,8 @@ def probe(path: str | Path) -> Probe:
         with _open(path) as container:
             stream = _video_stream(container)
             found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
+            if "mp4" in container.format.name.split(","):  # an edit list may show a part
+                found.announced = sum(not entry.is_discard for entry in stream.index_entries)
             found.size = (stream.codec_context.width, stream.codec_context.height)
             for packet in chain((packet for packet in container.demux(stream) if packet.size), [None]):
                 for frame in stream.codec_context.decode(packet):
@@ -884,10 +888,11 @@ def _explain_missing(kind: str, data: Path, missing: list[Path], total: int) -> 
     if name.name in ("", ".."):
         return error
     above = [folder for folder in data.absolute().parents if os.path.isfile(folder / name)]
-    below = sorted(path for path in data.rglob(glob.escape(name.name)) if os.path.isfile(path))
+    files = [Path(folder, file) for folder, _, names in os.walk(data) for file in names]
+    below = sorted(path for path in files if path.name == name.name)
     depth = len(name.parts)
     level = above + [path.parents[depth - 1] for path in below if path.parts[-depth:] == name.parts]
-    packed = sorted(data.rglob(f"{glob.escape(name.parts[0])}.rar"))
+    packed = sorted(path for path in files if path.name == f"{name.parts[0]}.rar")
     if level:
         return f"{error}: it is in {level[0]}, use --data {shlex.quote(str(level[0]))}"
     if below:
@@ -895,7 +900,7 @@ def _explain_missing(kind: str, data: Path, missing: list[Path], total: int) -> 
     if packed:
         loop = 'for f in *.rar; do unrar x "$f" && rm "$f"; done'
         return f"{error}: {packed[0]} is still packed; (cd {shlex.quote(str(packed[0].parent))} && {loop})"
-    folders = sorted({path.parent.name for path in missing if not path.parent.is_dir()})
+    folders = sorted({path.parent.name for path in missing if not os.path.isdir(path.parent)})
     if folders and len(missing) < total:
         error += f", folders that are not there: {', '.join(folders)}"
     return f"{error}\n{SOURCES[kind]}"

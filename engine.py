@@ -88,7 +88,7 @@ def parallel(model: nn.Module, shard: bool) -> nn.Module:
 def stop_signals(catch: bool) -> list[int]:
     """With `catch`, a list that SIGTERM, SIGUSR1 and one Ctrl-C go to from now on; without, they end the process."""
     came, ctrl_c = [], signal.default_int_handler
-    note = lambda number, _: came.append(number) or signal.signal(signal.SIGINT, ctrl_c)
+    note = lambda number, _: came.append(number) or number == signal.SIGINT and signal.signal(number, ctrl_c)
     for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
         end = ctrl_c if name == "SIGINT" else signal.SIG_DFL
         signal.signal(getattr(signal, name), note if catch else end)

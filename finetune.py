@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -183,8 +184,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Files: ours; official .pth with the weights under "model", under "module" or bare; .safetensors. Arguments are those
     of VideoMAE or Classifier, of files without any those that the shapes show; of classifiers also "labels", the names
-    of the classes, and "clip", the settings CLIP, where they are known. Nothing is executed: weights_only,
-    and argparse.Namespace, which official files contain.
+    of the classes, and "clip", the settings CLIP, where they are known; of a training that was stopped "unfinished", a
+    remark. Nothing is executed: weights_only, and argparse.Namespace, which official files contain.
     """
     path, content, config = Path(path), {}, None
     if not path.exists():
@@ -196,6 +197,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
                 content |= load_file(file)
             else:
+                if zipfile.is_zipfile(file) and (wrong := zipfile.ZipFile(file).testzip()):
+                    raise ValueError(f"damaged: checksum of {wrong}")  # torch.load does not compare them
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     content |= torch.load(file, map_location="cpu", weights_only=True)
         state = content.get("model", content.get("module", content))
@@ -214,8 +217,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if "stage" in content:
         about, stage = content["config"], content["config"].get("stage", {})
         clip = {key: stage[key] for key in CLIP} if content["stage"] == "finetune" and stage else {}
-        named = dict(labels=about["classes"]) if "classes" in about else {}
-        return state, about["model"] | named | (dict(clip=clip) if clip else {})
+        more = dict(labels=about["classes"]) if "classes" in about else {}
+        more |= dict(clip=clip) if clip else {}
+        if content.get("step", 0) < content.get("steps", 0):
+            more["unfinished"] = f" (unfinished: step {content['step']} of {content['steps']})"
+        return state, about["model"] | more
     if config is None:
         return state, infer_config(state)
     try:
@@ -232,7 +238,7 @@ def hf_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if strange := [part for part in parts if Path(part).name != part]:
-                raise ValueError(f"{index.name} names {strange[0]!r}, outside of the folder")
+                raise ValueError(f"{index.name} names a file outside of the folder: {strange[0]!r}")
             return [folder / part for part in parts]
     return []
 
@@ -406,7 +412,7 @@ def write_predictions(path: Path, split: Split, scores: Tensor) -> None:
     """One line per test video: path, label, prediction, correct, five best classes and their probabilities.
 
     visualize.read_predictions reads it back: names that a spreadsheet would take for a formula stand behind ', and in
-    the list of classes ; is \\; and \\ is \\\\.
+    the list of classes ; is \\: and \\ is \\\\.
     """
     best, cell = scores.topk(min(5, scores.shape[1])), visualize.to_cell
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -501,7 +507,7 @@ def build(
     absent = [name for name in model.state_dict() if name not in state]
     if ready and absent:
         raise ValueError(f"{path} is no whole classifier, it has no {', '.join(absent[:4])}: fine-tune it first")
-    return cfg, model, classes, f"{path}: {load_weights(model, state, cfg.least)}"
+    return cfg, model, classes, f"{path}{found.get('unfinished', '')}: {load_weights(model, state, cfg.least)}"
 
 
 def main(argv: list[str]) -> None:

@@ -109,7 +109,7 @@ def build_encoder(init: str, cfg: Config) -> Encoder:
     encoder = Encoder(**{k: size[k] for k in ("dim", "depth", "heads")}, **arguments, final_norm=last)
     set_eps(encoder, eps)
     if init != "random":
-        print(f"{init}: {load_weights(nn.ModuleDict(dict(encoder=encoder)), state, 1.0)}")
+        print(f"{init}{found.get('unfinished', '')}: {load_weights(nn.ModuleDict(dict(encoder=encoder)), state, 1.0)}")
     return encoder.requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ as the official code does; the figure then says so and shows what an empty predi
 """
 
 import csv
+import gc
 import json
 import math
 import os
@@ -32,6 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -243,7 +245,8 @@ def plot_log(log: Path, out: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     scores = [line for line in lines if "top1" in line]
     panels = 2 if scores else 1
-    figure, axes = plt.subplots(panels, 1, figsize=(6, 3.5 * panels), sharex=True, squeeze=False)
+    figure = Figure(figsize=(6, 3.5 * panels))
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)
     axis, rate = axes[0, 0], axes[0, 0].twinx()
     for target, key, style in (
         (axis, "loss", dict(label="training loss")),
@@ -263,7 +266,8 @@ def plot_log(log: Path, out: Path) -> None:
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(out, dpi=120)
-    plt.close(figure)
+    del figure, axes, axis, rate, target
+    gc.collect()  # figures refer to themselves; a long run draws thousands, and its memory grew by MBs with each
 
 
 PREDICTIONS = ("path", "label", "prediction", "correct", "top5", "probabilities")  # the columns of predictions.csv
@@ -283,14 +287,15 @@ def from_cell(cell: str) -> str:
 
 
 def join_names(names: list[str]) -> str:
-    """Names as one cell, each as to_cell has it, with ; between them; in a name, ; is \\; and \\ is \\\\."""
-    return ";".join(to_cell(name).replace("\\", r"\\").replace(";", r"\;") for name in names)
+    """Names as one cell, each as to_cell has it, with ; between them; in a name, ; is \\: and \\ is \\\\."""
+    return ";".join(to_cell(name).replace("\\", r"\\").replace(";", r"\:") for name in names)
 
 
 def split_names(cell: str) -> list[str]:
     """The names in join_names' cell."""
     names = re.findall(r"(?:^|;)((?:\\.|[^\\;])*)", cell, re.DOTALL)
-    return [from_cell(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)) for name in names]
+    plain = lambda match: ";" if match[1] == ":" else match[1]
+    return [from_cell(re.sub(r"\\(.)", plain, name, flags=re.DOTALL)) for name in names]
 
 
 def read_predictions(path: str | Path) -> list[dict]:

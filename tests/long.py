@@ -77,13 +77,10 @@ def survivors(process: subprocess.Popen, seconds: float = 20) -> list[int]:
 
 
 def usage(pid: int) -> tuple[float, int, int]:
-    """(memory in MB, file descriptors, threads) of a process. Memory that processes share is divided among them."""
+    """(memory in MB, file descriptors, threads) of a process. Memory: what it holds itself, without mapped files."""
     about = Path(f"/proc/{pid}")
-    try:
-        lines, name = (about / "smaps_rollup").read_text(), "Pss:"
-    except OSError:
-        lines, name = (about / "status").read_text(), "VmRSS:"
-    memory = next(int(line.split()[1]) for line in lines.splitlines() if line.startswith(name))
+    lines = (about / "smaps_rollup").read_text().splitlines()
+    memory = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
     threads = sum(1 for _ in (about / "task").iterdir())
     return memory / 1024, sum(1 for _ in (about / "fd").iterdir()), threads
 

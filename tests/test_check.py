@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from test_data import copy_from, unreadable, write
+from zoo import copy_from, unreadable, write
 
 import data
 from data import in_processes, probe

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import tv_tensors
+from zoo import number_of, write
 
 import data
 from data import (
@@ -34,42 +34,6 @@ from data import (
     sample_clip,
     toy_video,
 )  # fmt: skip
-
-
-def numbered(index: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """A frame that says its number: 8 bits as dark and bright blocks, 2 rows of 4; the rest a soft ramp."""
-    image = np.full((height, width, 3), 100, np.uint8)
-    for bit in range(8):
-        y, x = divmod(bit, 4)
-        image[2 + 30 * y : 26 + 30 * y, 2 + 24 * x : 22 + 24 * x] = 200 if index >> bit & 1 else 40
-    return image
-
-
-def number_of(frame: torch.Tensor) -> int:
-    """The number that a decoded frame (3, H, W) says."""
-    blocks = [
-        frame[:, 6 + 30 * (bit // 4) : 22 + 30 * (bit // 4), 6 + 24 * (bit % 4) : 18 + 24 * (bit % 4)]
-        for bit in range(8)
-    ]
-    return sum((block.float().mean() > 120).long().item() << bit for bit, block in enumerate(blocks))
-
-
-def write(path, codec="libx264", frames=60, pix_fmt="yuv420p", times=None, size=(64, 96), rotation=0, **options):
-    """A video of numbered frames; `times` are presentation times in 1/1000 s."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
-        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(numbered(i, *size), format="rgb24").reformat(format=pix_fmt)
-            if times:
-                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
-                stream.codec_context.time_base = Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
 
 # frames
 
@@ -111,38 +75,6 @@ def test_the_frames_asked_for_are_the_frames_delivered(tmp_path, name, codec, op
         assert [number_of(frame) for frame in frames] == wanted
 
 
-@pytest.mark.parametrize("name", ["variable.mp4", "variable.mkv"])
-def test_frames_count_by_order_not_by_time(tmp_path, name):
-    times = np.cumsum([700] + [40, 120, 7, 300] * 10)[:40].tolist()  # uneven steps, start at 0.7 s
-    path = write(tmp_path / name, frames=40, times=times, g=10, bf=2)
-    assert [number_of(f) for f in read_frames(path, lambda total: [0, 17, 23, total - 1])] == [0, 17, 23, 39]
-
-
-@pytest.mark.parametrize("pix_fmt, codec", [("gray", "ffv1"), ("yuv420p10le", "libx264"), ("yuv444p", "libx264")])
-def test_pixel_formats_become_rgb(tmp_path, pix_fmt, codec):
-    path = write(tmp_path / "video.mkv", codec, pix_fmt=pix_fmt, frames=20)
-    frames = read_frames(path, [3, 12])
-    assert frames.shape[1] == 3 and [number_of(f) for f in frames] == [3, 12]
-    block = frames[0, :, 6:20, 6:18].float()
-    assert (block - 200).abs().mean() < 6  # bit 0 of 3 is bright in every channel
-
-
-@pytest.mark.parametrize("size", [(65, 97), (67, 98)])
-def test_odd_sizes(tmp_path, size):
-    frames = read_frames(write(tmp_path / "odd.mkv", "ffv1", pix_fmt="bgr0", frames=5, size=size), [4])
-    assert frames.shape == (1, 3, *size) and number_of(frames[0]) == 4
-
-
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_rotation_metadata_is_applied(tmp_path, rotation):
-    path = write(tmp_path / "turned.mp4", frames=5, rotation=rotation)
-    stored = read_frames(write(tmp_path / "plain.mp4", frames=5), [3])
-    shown = read_frames(path, [3])
-    assert torch.equal(
-        shown, torch.rot90(stored, rotation // 90, dims=(2, 3))
-    )  # counter-clockwise, as FFmpeg's players
-
-
 def test_colours_survive(tmp_path):
     with av.open(str(tmp_path / "red.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -155,72 +87,12 @@ def test_colours_survive(tmp_path):
     assert (colour - torch.tensor([200.0, 30, 60])).abs().max() < 6
 
 
-def unreadable(folder):
-    """Files that hold no decodable video, by name."""
-    whole = write(folder / "whole.mp4", frames=30).read_bytes()
-    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "text.avi").write_text("this is not a video\n" * 50)
-    with av.open(str(folder / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        for _ in range(10):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate = 44100
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return ["truncated.mp4", "empty.mp4", "text.avi", "sound.mp4", "missing.mp4"]
-
-
-def test_unreadable_files_raise_with_their_path(tmp_path):
-    for name in unreadable(tmp_path):
-        with pytest.raises(ValueError, match=name):
-            read_frames(tmp_path / name, [0])
-
-
-def copy_from(source, target, key: int):
-    """Copy the packets from the given key frame on, as a cutting tool does that does not re-encode."""
-    with av.open(str(source)) as a, av.open(str(target), "w") as b:
-        stream, keys = b.add_stream_from_template(a.streams.video[0]), 0
-        for packet in a.demux(video=0):
-            keys += packet.is_keyframe
-            if keys > key and packet.size:
-                packet.stream = stream
-                b.mux(packet)
-    return target
-
-
-def test_cuts_inside_open_groups_of_pictures(tmp_path):
-    """The leading pictures of the first key frame cannot be decoded: frames still count from the first one shown."""
-    options = {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}
-    path = copy_from(write(tmp_path / "whole.mkv", **options), tmp_path / "cut.mkv", key=2)
-    with av.open(str(path)) as container:
-        shown = [
-            number_of(torch.from_numpy(f.to_ndarray(format="rgb24")).permute(2, 0, 1))
-            for f in container.decode(video=0)
-        ]
-    totals = []
-    for wanted in ([0], [5, 3], [len(shown) - 1], list(range(20, 30))):
-        frames = read_frames(path, lambda total, wanted=wanted: totals.append(total) or wanted)
-        assert [number_of(frame) for frame in frames] == [shown[i] for i in wanted]
-    frames = read_frames(path, lambda total: totals.append(total) or [total - 1])
-    assert number_of(frames[0]) == shown[-1] and totals[-1] == len(shown)
-
-
 def test_metadata_in_another_encoding_does_not_matter(tmp_path):
     path = write(tmp_path / "title.avi", "mpeg4", frames=5)
     raw = path.read_bytes()
     at = raw.index(b"Lavf")  # the name of the writing program
     path.write_bytes(raw[:at] + b"L\xe4vf" + raw[at + 4 :])
     assert number_of(read_frames(path, [3])[0]) == 3
-
-
-def test_a_truncated_avi_gives_the_frames_it_still_has(tmp_path):
-    whole = write(tmp_path / "whole.avi", "mpeg4", g=1).read_bytes()
-    path = tmp_path / "cut.avi"
-    path.write_bytes(whole[: len(whole) // 2])
-    totals = []
-    frames = read_frames(path, lambda total: totals.append(total) or [total // 2])
-    assert 10 < totals[-1] < 50 and number_of(frames[0]) == totals[-1] // 2
 
 
 def test_frames_a_file_does_not_have_are_refused(tmp_path):

@@ -3,11 +3,15 @@
 import json
 import os
 import pickle
+import resource
+import signal
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
 import data
 import engine
@@ -69,12 +73,67 @@ def test_effective_batch():
             data.split_batch(*bad)
 
 
+def parts():
+    net = nn.Linear(3, 4)
+    return net, torch.optim.AdamW(net.parameters())
+
+
 def test_checkpoints_survive_a_failed_write(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    engine.save_checkpoint(path, stage="pretrain", step=1)
+    engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=1)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        engine.save_checkpoint(path, stage="pretrain", step=lambda: 0)  # stops in the middle
+        engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=lambda: 0)  # stops in the middle
+    assert engine.load_checkpoint(tmp_path / "checkpoint.pt", "pretrain")["step"] == 1
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """A limit on the size of files fails a write in the middle, as a full disk does."""
+    engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="checkpoint.pt cannot be written"):
+            engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=2, more=torch.zeros(100000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt"]
+    assert engine.load_checkpoint(tmp_path / "checkpoint.pt", "pretrain")["step"] == 1
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "gone", "one bit", "text"])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(tmp_path, capsys, how):
+    for step in (1, 2):
+        engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=step, more=torch.zeros(1000))
+    path = tmp_path / "checkpoint.pt"
+    whole = bytearray(path.read_bytes())
+    assert engine.load_checkpoint(path, "pretrain")["step"] == 2 and capsys.readouterr().err == ""
+    whole[len(whole) // 2] ^= how == "one bit"
+    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "one bit": whole}.get(how, b"hello"))
+    if how == "gone":
+        path.unlink()  # killed between the two renames
     assert engine.load_checkpoint(path, "pretrain")["step"] == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "checkpoint.pt" in said and "taking" in said and "previous.pt" in said
+    (tmp_path / "previous.pt").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="previous.pt is not a readable checkpoint"):
+        engine.load_checkpoint(path, "pretrain")
+
+
+def test_signals_are_noted_until_told_otherwise():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        came = engine.stop_signals(catch=True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came == [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C does not wait
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        engine.stop_signals(catch=False)
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Attack:
@@ -91,7 +150,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"state_dict": {}}, files["other.pt"])
     torch.save({"stage": "finetune"}, files["finetune.pt"])
     whole = tmp_path / "whole.pt"
-    engine.save_checkpoint(whole, stage="pretrain", model=torch.zeros(10000))
+    torch.save({"stage": "pretrain", "model": torch.zeros(10000)}, whole)
     files["cut.pt"].write_bytes(whole.read_bytes()[:20000])
     for name, path in files.items():
         with pytest.raises(ValueError, match=name):
@@ -116,6 +175,7 @@ def test_log_drops_what_the_checkpoint_does_not_cover(tmp_path):
     log.write(config={})
     for step in (10, 20, 30):
         log.write(step=step, loss=1.0 / step)
+    path.write_text(path.read_text() + '{"step": 15, "lo')  # killed while writing
     visualize.Log(path, 20, 30, on=True)
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 10, 20]
     visualize.Log(path, 0, 30, on=True)

@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -146,8 +144,26 @@ def test_mixing_keeps_targets_a_distribution():
             changed = (mixed != clips)[:, 0, 0].any(dim=0).float().mean()
             assert own[0] == pytest.approx(1 - changed.item(), abs=1e-5)  # the weight is the true area, in all frames
     assert min(kinds["mixup"], kinds["cutmix"]) > 5
-    same, labels_too = finetune.make_mixer(12, 0, 0)(tv_tensors.Video(clips), labels)
-    assert torch.equal(same, clips) and torch.equal(labels_too, labels)
+    assert finetune.make_mixer(12, 0, 0) is None
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_neighbouring_videos_are_mixed_however_the_batch_is_cut(repeats):
+    mixer, seeds = finetune.make_mixer(8, 0.8, 1.0), list(range(4 * repeats))
+    clips, labels = torch.rand(8 * repeats, 4, 3, 16, 16), torch.arange(8).repeat_interleave(repeats)
+    mixed, targets = finetune.mix_pairs(mixer, clips, labels, repeats, seeds)
+    half = 4 * repeats
+    for part in (slice(0, half), slice(half, None)):
+        again = finetune.mix_pairs(mixer, clips[part], labels[part], repeats, seeds[part.start // 2 :][: half // 2])
+        assert torch.equal(again[0], mixed[part]) and torch.equal(again[1], targets[part])
+    for i, target in enumerate(targets):
+        video = i // repeats
+        assert set(target.nonzero()[:, 0].tolist()) <= {video, video ^ 1}  # 0 with 1, 2 with 3, ...
+        partner = i + repeats if video % 2 == 0 else i - repeats
+        weight = target[video]
+        blend = torch.allclose(mixed[i], weight * clips[i] + (1 - weight) * clips[partner], atol=1e-5)
+        assert blend or ((mixed[i] == clips[i]) | (mixed[i] == clips[partner])).all()
+    assert len({round(float(target.max()), 5) for target in targets}) > 2  # each pair has a weight of its own
 
 
 # -------------------------------------------------------------------------------- learning rates, accuracy
@@ -277,13 +293,9 @@ def test_evaluation_takes_the_clips_of_the_training(here, monkeypatch):
     assert all(sizes["size"] == 56 and sizes["stride"] == 1 for sizes in seen) and len(seen) == 3
 
 
-def test_evaluation_is_the_same_with_two_processes(here):
+def test_evaluation_is_the_same_with_two_processes(here, train):
     first = predictions("finetune-toy")
-    script = os.path.join(os.path.dirname(finetune.__file__), "finetune.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--data", here, "--eval-only", "--precision", "fp32", "--test-splits", odd_list(here)],
-                   check=True, env=environment, capture_output=True)  # fmt: skip
+    train(2, "finetune", "--data", here, "--eval-only", "--precision", "fp32", "--test-splits", odd_list(here))
     rows = predictions("finetune-toy")
     assert len(rows) == 11  # an odd number of videos: none twice, none missing
     for row, old in zip(rows, sorted(first, key=lambda row: row["path"])[:11], strict=True):
@@ -422,7 +434,7 @@ def test_head_finds_what_is_linear():
         (["--init", "runs/pretrain-toy/checkpoint.pt", "--eval-only"], "no trained head"),
         (["--shots", "9"], "--shots 9"),
         (["--erase", "2"], "--erase 2.0 must be at most 1"),
-        (["--batch", "1", "--mixup", "0.8"], "no other to mix with"),
+        (["--batch", "1", "--mixup", "0.8"], "an even --micro"),
         (["--epochs", "2"], "--warmup 2"),
         (["--resolution", "60"], "multiple of"),
         (["--test-splits", "same.txt", "--splits", "same.txt"], "no test part"),

@@ -153,7 +153,7 @@ def test_official_file(tmp_path, top):
     encoder = Encoder(128, 0, 4, **CLIPS, final_norm=False)
     encoder.load_state_dict({k: v for k, v in again.encoder.state_dict().items() if "patch" in k})
     expected = expected.flatten(2).transpose(1, 2) + encoder.positions
-    torch.testing.assert_close(encoder(clip()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(clip()), expected, atol=1e-4, rtol=0)  # values up to 10
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module._orig_mod."])
