@@ -129,8 +129,8 @@ def load(hours: float, name: str | None, every: float, workers: int) -> int:
                     plot(run / "load.png", fields, rows)
                     shown = now
                 time.sleep(every)
-        except KeyboardInterrupt:
-            print("stopping early")
+        except KeyboardInterrupt as stopped:
+            print(f"{stopped}: stopping early")
         early = process.poll() is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -364,6 +364,10 @@ def compare(one: Path, other: Path) -> list[str]:
     return found
 
 
+def interrupt(number: int, frame) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -381,8 +385,8 @@ def main() -> None:
     cut.add_argument("--signal", dest="kind", choices=("KILL", "TERM", "USR1"), default="KILL", help="default: KILL")
     cut.add_argument("--seed", type=int, default=0, help="of the random moments (default: %(default)s)")
     args = vars(parser.parse_args())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where nohup or a shell's & made it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where nohup or a shell's & made it ignored
+        signal.signal(number, interrupt)
     sys.exit({"load": load, "kills": kills}[args.pop("command")](**args))
 
 
