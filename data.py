@@ -672,9 +672,10 @@ def note_skipped(skipped: list[int], done: int, lr: float, order: Order, videos:
     )
 
 
-def make_loader(dataset: Videos, order: Order | list, workers: int, pin: bool):
+def make_loader(dataset: Dataset, order: Order | list, workers: int, pin: bool, collate=collate):
     """Yield the batches of `order`, decoded by `workers` processes (0: in this one); `pin` memory for copies to a GPU.
 
+    `order` holds the keys of each batch, `collate` makes a batch of its items (itemgetter(0): one item is a batch).
     A worker that dies costs time and nothing else: new ones begin at the first batch that was not delivered. Raises
     ValueError when workers die three times with no batch between. Workers ignore the signals that ask a run to stop:
     what to do about them is up to this process. They end with the generator, or with this process, however it ends.

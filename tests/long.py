@@ -1,10 +1,19 @@
 """Checks that take hours; run by hand, not by pytest. Linux only (they read /proc). Results go to runs/NAME.
 
-    python tests/long.py load --hours 2        # pre-trains on the toy set and watches memory, files and threads
+    python tests/long.py load --hours 2                       # pre-trains on the toy set, watches memory and files
+    python tests/long.py kills --stage pretrain --kills 30    # kill -9 at random moments, --resume, compare; 6 minutes
+    python tests/long.py kills --stage finetune --kills 30
+    python tests/long.py kills --stage pretrain --kills 5 --workers 1         # and no process survives
+    python tests/long.py kills --stage pretrain --kills 5 --processes 2       # torchrun, one of its processes killed
+    python tests/long.py kills --stage finetune --kills 10 --signal TERM      # or USR1: asked to stop instead
 
 `load` prints a line every ten minutes and at the end what grew. Expect the memory of the main process and of the
 workers to be as flat as the noise (a slope of a few MB an hour over two hours), file descriptors and threads the same
 at the start and at the end, and no processes or /dev/shm entries left behind. Ctrl-C ends it early, with what there is.
+
+`kills` runs a small recipe once in peace, then again with a checkpoint after every step while it is killed, half of the
+times while it writes, and resumed. Expect equal losses and final checkpoints, bit for bit, no checkpoint lost, and at
+most a step computed twice a kill; with --signal exit code 0 each time and no step computed twice.
 """
 
 import argparse
@@ -12,6 +21,8 @@ import contextlib
 import csv
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +31,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
@@ -37,7 +49,7 @@ MARK = "LONG_CHECK"  # environment variable by which the processes of a run are 
 
 def start(command: list, output, folder: Path = HERE) -> subprocess.Popen:
     """Start a command in a process group of its own, with both outputs appended to an open file."""
-    env = os.environ | {MARK: f"{os.getpid()}-{time.time()}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {MARK: f"{os.getpid()}-{time.time()}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=env, start_new_session=True)
     process.mark = f"{MARK}={env[MARK]}".encode()
     return process
@@ -169,6 +181,189 @@ def plot(path: Path, fields: list[str], rows: list) -> None:
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------------------ kills
+
+STAGES = {
+    "pretrain": "--repeats 1 --decoder-depth 1 --warmup 0.5",
+    "finetune": "--init none --shots 0 --warmup 0.5 --drop-path 0.2 --head-dropout 0.2 --mixup 0.8 --cutmix 1",
+}
+
+
+def kills(stage: str, kills: int, steps: int, workers: int, processes: int, kind: str, seed: int) -> int:
+    """Kill and resume a run until it is through, and compare it with one that was left in peace; 1 if they differ."""
+    folder = HERE / "runs" / time.strftime(f"kills-{stage}-%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    data.make_toy(folder / "toy", train=48, test=24)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, str(HERE / f"{stage}.py"), *STAGES[stage].split(), "--data", "toy", "--batch", "4"]
+    command += ["--epochs", str(steps // 12), "--log-every", "1", "--workers", str(workers), "--device", "cpu"]
+    steps = steps // 12 * 12
+
+    # In peace, and while at it: seconds to start, to train, and to write a checkpoint.
+    begin, startup, writing, run = time.monotonic(), None, 0.0, folder / "runs/whole"
+    with open(folder / "whole.txt", "w") as output:
+        process = start([*command, "--name", "whole", "--save-every", "1"], output, folder)
+        while process.poll() is None:
+            startup = startup or (time.monotonic() - begin if (run / "log.jsonl").exists() else None)
+            writing += 0.002 * (run / "checkpoint.tmp").exists() / steps
+            time.sleep(0.002)
+    whole, training = log_lines(run), time.monotonic() - begin - (startup or 0)
+    if process.returncode or len(whole) != steps:
+        print(f"{folder}/whole.txt: the uninterrupted run failed")
+        return 1
+    print(f"{folder}: {startup:.0f} s to start, {training:.0f} s for {steps} steps, {writing:.3f} s a checkpoint")
+    sys.stdout.flush()
+
+    run, found = folder / "runs/cut", Cuts(random.Random(seed), startup, training / steps, writing)
+    command += ["--name", "cut", "--save-every", "1", "--resume"]
+    over = False
+    while not over:
+        spacing = 1.6 * (steps - last(run)) / max(kills - found.kills, 1)  # steps from one kill to the next, at most
+        text = folder / f"cut-{found.runs:02}.txt"
+        over = found.attempt(command, text, run, kind if found.kills < kills else None, int(spacing))
+
+    cut, problems = log_lines(run), found.problems
+    same = [{line["step"]: line["loss"] for line in lines} for lines in (whole, cut)]
+    if len(cut) != steps or same[0] != same[1]:
+        problems.append(f"losses differ: {sum(same[0][k] != same[1].get(k) for k in same[0])} of {steps}")
+    if different := compare(folder / "runs/whole/checkpoint.pt", run / "checkpoint.pt"):
+        problems.append(f"checkpoints differ in {different}")
+    for name, value in vars(found).items():
+        if isinstance(value, int):
+            print(f"{name.replace('_', ' '):32}{value:5}")
+    print("\n".join(problems) or f"{steps} losses and the final checkpoints are equal bit for bit")
+    return int(bool(problems))
+
+
+class Cuts:
+    """What many interrupted runs of one training came to. It takes so many seconds to start, for a step, to write."""
+
+    def __init__(self, rng: random.Random, startup: float, step: float, writing: float):
+        self.rng, self.startup, self.step, self.writing = rng, startup, step, writing
+        self.runs = self.kills = self.before_the_first_step = self.during_writes = self.fell_back_to_previous = 0
+        self.steps_computed_twice = self.checkpoints_lost = self.processes_left = 0
+        self.problems = []
+
+    def attempt(self, command: list[str], output: Path, run: Path, kind: str | None, spacing: int) -> bool:
+        """Run a command, with a signal after 1 to `spacing` steps unless `kind` is None; True if it came to its end."""
+        logged, kept, part, begin = last(run), newest(run), run / "checkpoint.tmp", time.time()
+        with open(output, "w") as file:
+            process = start(command, file, run.parents[1])
+        self.runs += 1
+        over = lambda: process.poll() is not None
+        if kind == "KILL" and self.rng.random() < 0.15:
+            until(over, self.rng.uniform(0, self.startup))
+        elif kind:
+            count = 1 + self.rng.randrange(max(spacing, 1))
+            until(lambda: over() or (step := going_on(output)) is not None and last(run) >= step + count, 600)
+            until(over, self.rng.uniform(0, self.step))
+            if kind == "KILL" and self.rng.random() < 0.5:
+                until(lambda: over() or changed(part, begin), 5, every=0.0003)
+                time.sleep(self.rng.uniform(0, self.writing))
+        victims = [pid for pid in family(process) if variable(pid, "RANK")] or [process.pid]
+        if kind and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.rng.choice(victims), getattr(signal, f"SIG{kind}"))
+        try:
+            code = process.wait(60 if kind else None)
+        except subprocess.TimeoutExpired:
+            code = None
+        if left := survivors(process, 10 if code is not None else 0):
+            self.processes_left += len(left)
+            self.problems.append(f"{output}: processes left: {left}")
+        text, began = output.read_text(errors="replace"), going_on(output)
+        self.fell_back_to_previous += "previous.pt" in text
+        if began is not None:
+            self.steps_computed_twice += max(logged - began, 0)
+            if began < kept:
+                self.checkpoints_lost += 1
+                self.problems.append(f"{output}: went on after step {began}, there was a checkpoint of step {kept}")
+            if kind not in (None, "KILL") and began != logged:
+                self.problems.append(f"{output}: went on after step {began}, {logged} were computed")
+        if code is None:
+            self.problems.append(f"{output}: still there a minute after the signal")
+        elif code == 0 and "stopped by" not in text:
+            return True
+        elif kind is None or (code == 0) != (kind != "KILL"):
+            self.problems.append(f"{output}: exit code {code}")
+            if kind is None or self.runs > 5 and not last(run):
+                return True  # it would never end
+        self.kills += 1
+        self.before_the_first_step += began is None or last(run) <= began
+        self.during_writes += changed(part, begin) or kept > 0 and not (run / "checkpoint.pt").exists()
+        if newest(run) < kept:
+            self.checkpoints_lost += 1
+            self.problems.append(f"{output}: only step {newest(run)} can be read, there was a checkpoint of {kept}")
+        return False
+
+
+def until(condition, seconds: float, every: float = 0.02) -> None:
+    """Wait for a condition, for some seconds at most."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(every)
+
+
+def changed(path: Path, since: float) -> bool:
+    """Whether there is a file, written after a time."""
+    try:
+        return path.stat().st_mtime > since
+    except OSError:
+        return False
+
+
+def variable(pid: int, name: str) -> str | None:
+    """An environment variable of a process."""
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(f"{name}=".encode()):
+                return entry.decode().partition("=")[2]
+    return None
+
+
+def going_on(output: Path) -> int | None:
+    """The step after which a run goes on, as its progress bar first shows it; None where it did not come so far."""
+    found = re.search(r"(\d+)/\d+ \[\S+<\?, \?step/s", output.read_text(errors="replace"))
+    return int(found[1]) if found else None
+
+
+def last(run: Path) -> int:
+    """The last step in log.jsonl."""
+    return max((line["step"] for line in log_lines(run)), default=0)
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint that can be read, 0 where there is none."""
+    for name in ("checkpoint.pt", "previous.pt"):
+        with contextlib.suppress(Exception):
+            return torch.load(run / name, weights_only=True)["step"]
+    return 0
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """Names of what differs between two checkpoints, other than the name of the run."""
+    states = [torch.load(path, weights_only=True) for path in (one, other)]
+    for state in states:
+        for key in ("name", "resume"):
+            state["config"]["stage"].pop(key)
+    found = []
+
+    def walk(a, b, name):
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            for key in a:
+                walk(a[key], b[key], f"{name}.{key}" if name else str(key))
+        elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                walk(x, y, f"{name}.{i}")
+        elif not (torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b):
+            found.append(name)
+
+    walk(*states, "")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -177,10 +372,18 @@ def main() -> None:
     watch.add_argument("--name", help="of the run (default: load-DATE)")
     watch.add_argument("--every", type=float, default=20, help="seconds between two looks (default: %(default)s)")
     watch.add_argument("--workers", type=int, default=2, help="loader workers (default: %(default)s)")
+    cut = commands.add_parser("kills", help="kill and resume a short run many times")
+    cut.add_argument("--stage", choices=STAGES, default="pretrain", help="which script (default: %(default)s)")
+    cut.add_argument("--kills", type=int, default=30, help="how many (default: %(default)s)")
+    cut.add_argument("--steps", type=int, default=120, help="optimiser steps (default: %(default)s)")
+    cut.add_argument("--workers", type=int, default=0, help="loader workers (default: %(default)s)")
+    cut.add_argument("--processes", type=int, default=1, help="through torchrun, if over 1 (default: %(default)s)")
+    cut.add_argument("--signal", dest="kind", choices=("KILL", "TERM", "USR1"), default="KILL", help="default: KILL")
+    cut.add_argument("--seed", type=int, default=0, help="of the random moments (default: %(default)s)")
     args = vars(parser.parse_args())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where nohup or a shell's & made it ignored
-    sys.exit({"load": load}[args.pop("command")](**args))
+    sys.exit({"load": load, "kills": kills}[args.pop("command")](**args))
 
 
 if __name__ == "__main__":

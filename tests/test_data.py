@@ -1,6 +1,7 @@
 """Data: exact frames from every kind of file, sampling tables, split files, order, augmentation, toy videos."""
 
 import multiprocessing
+import operator
 import os
 import random
 import signal
@@ -341,6 +342,11 @@ def test_workers_that_always_die_end_the_run_in_one_line(impatient):
     with pytest.raises(ValueError, match="three times.*exit code -9.*fewer --workers.*data.py check"):
         got.extend(batches)
     assert not multiprocessing.active_children()
+
+
+def test_single_items_are_delivered_alike(impatient, tmp_path):
+    items = make_loader(Numbers(3, tmp_path / "dead"), [[(i, i)] for i in range(6)], 1, False, operator.itemgetter(0))
+    assert [label for _, label, _ in items] == list(range(6))
 
 
 def test_errors_in_a_worker_are_not_mistaken_for_its_death():
