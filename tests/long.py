@@ -97,7 +97,7 @@ def log_lines(run: Path) -> list[dict]:
 
 
 def load(hours: float, name: str | None, every: float, workers: int) -> int:
-    """Watch a long run; 1 where it ended by itself, or left processes or shared memory behind."""
+    """Watch a long run; 1 where it failed, ended by itself, or left processes or shared memory behind."""
     name = name or time.strftime("load-%m%d-%H%M")
     run = HERE / "runs" / name
     run.mkdir(parents=True)
@@ -131,9 +131,10 @@ def load(hours: float, name: str | None, every: float, workers: int) -> int:
                 time.sleep(every)
         except KeyboardInterrupt as stopped:
             print(f"{stopped}: stopping early")
-        early = process.poll() is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        finally:
+            early = process.poll() is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         try:
             code = process.wait(120)
         except subprocess.TimeoutExpired:
@@ -146,7 +147,7 @@ def load(hours: float, name: str | None, every: float, workers: int) -> int:
         summary(fields, np.array(rows))
     print(f"exit code {code}{', ended by itself' * early}; processes left: {left or 'none'}; "
           f"new in /dev/shm: {new or 'nothing'}")  # fmt: skip
-    return int(early or bool(left) or bool(new))
+    return int(early or code != 0 or bool(left) or bool(new))
 
 
 def summary(fields: list[str], rows: np.ndarray) -> None:
@@ -265,7 +266,8 @@ class Cuts:
         victims = [pid for pid in family(process) if variable(pid, "RANK")] or [process.pid]
         if kind and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.rng.choice(victims), getattr(signal, f"SIG{kind}"))
+                send = os.kill if kind == "KILL" else os.killpg  # the loader workers, too, are asked to stop
+                send(self.rng.choice(victims), getattr(signal, f"SIG{kind}"))
         try:
             code = process.wait(60 if kind else None)
         except subprocess.TimeoutExpired:
