@@ -263,11 +263,12 @@ class Cuts:
             if kind == "KILL" and self.rng.random() < 0.5:
                 until(lambda: over() or changed(part, begin), 5, every=0.0003)
                 time.sleep(self.rng.uniform(0, self.writing))
-        victims = [pid for pid in family(process) if variable(pid, "RANK")] or [process.pid]
-        if kind and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                send = os.kill if kind == "KILL" else os.killpg  # the loader workers, too, are asked to stop
-                send(self.rng.choice(victims), getattr(signal, f"SIG{kind}"))
+        if kind and not over():
+            ranks = [pid for pid in children(process.pid) if variable(pid, "RANK")] or [process.pid]
+            victim = self.rng.choice(ranks)  # of torchrun's processes; the loader workers, too, are asked to stop
+            for pid in [victim] if kind == "KILL" else [victim, *children(victim)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, getattr(signal, f"SIG{kind}"))
         try:
             code = process.wait(60 if kind else None)
         except subprocess.TimeoutExpired:
@@ -314,6 +315,16 @@ def changed(path: Path, since: float) -> bool:
         return path.stat().st_mtime > since
     except OSError:
         return False
+
+
+def children(pid: int) -> list[int]:
+    """The living processes that a process started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.append(int(folder.name))
+    return found
 
 
 def variable(pid: int, name: str) -> str | None:
