@@ -24,6 +24,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -379,10 +379,10 @@ def score_videos(model, views: Views, device, dtype, rank: int = 0, processes: i
     scores. Those with one video less take the last one too, since processes that share a model must act alike.
     """
     model.eval()
-    mine = Subset(views, [min(i + rank, len(views) - 1) for i in range(0, len(views), processes)])
-    loader = DataLoader(mine, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    mine = [[min(i + rank, len(views) - 1)] for i in range(0, len(views), processes)]
+    loader = make_loader(views, mine, workers, device.type == "cuda", collate=itemgetter(0))
     scores = {}
-    for index, clips in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or len(views) == 1):
+    for index, clips in tqdm(loader, "evaluating", len(mine), leave=False, disable=rank > 0 or len(views) == 1):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(clips.to(device, non_blocking=True))
         probabilities = logits.float().softmax(dim=1)
