@@ -703,8 +703,10 @@ def make_loader(dataset: Dataset, order: Order | list, workers: int, pin: bool, 
                     return
                 delivered, deaths = delivered + 1, 0
                 yield batch
-        except Exception:
+        except Exception as error:
             ended = wait([p.sentinel for p in processes], min(workers, 1))  # a lost connection is seen before it
+            if not ended and isinstance(error, ValueError) and workers:  # a file's: without the worker's traceback
+                raise ValueError(str(error).rstrip().rpartition("ValueError: ")[2]) from error
             if not ended:
                 raise
             dead, deaths = [p for p in processes if p.sentinel in ended], deaths + 1

@@ -142,7 +142,7 @@ def load_checkpoint(path: str | Path, stage: str) -> dict:
 
 def resume(kept: dict, config: dict, may_change: set, model: nn.Module, optimizer, scaler) -> tuple[int, dict]:
     """Go on from a checkpoint: (the step it stopped at, its progress). ValueError if the recipe changed."""
-    old, new = (dict(about["stage"], videos=about.get("videos")) for about in (kept["config"], config))
+    old, new = (about["stage"] | {k: about.get(k) for k in ("videos", "format")} for about in (kept["config"], config))
     if changed := [key for key, value in old.items() if key not in may_change and value != new.get(key)]:
         raise ValueError(f"--resume with another {', '.join(changed)} than before: choose another --name instead")
     set_state_dict(model, optimizer, model_state_dict=kept["model"], optim_state_dict=kept["optimizer"], options=WHOLE)

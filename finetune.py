@@ -24,6 +24,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -379,10 +379,10 @@ def score_videos(model, views: Views, device, dtype, rank: int = 0, processes: i
     scores. Those with one video less take the last one too, since processes that share a model must act alike.
     """
     model.eval()
-    mine = Subset(views, [min(i + rank, len(views) - 1) for i in range(0, len(views), processes)])
-    loader = DataLoader(mine, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    mine = [[min(i + rank, len(views) - 1)] for i in range(0, len(views), processes)]
+    loader = make_loader(views, mine, workers, device.type == "cuda", collate=itemgetter(0))
     scores = {}
-    for index, clips in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or len(views) == 1):
+    for index, clips in tqdm(loader, "evaluating", len(mine), leave=False, disable=rank > 0 or len(views) == 1):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(clips.to(device, non_blocking=True))
         probabilities = logits.float().softmax(dim=1)
@@ -580,13 +580,13 @@ def main(argv: list[str]) -> None:
     groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config = {"model": model.config, "stage": asdict(cfg), "classes": classes, "videos": len(videos)}
+    config = {"model": model.config, "stage": asdict(cfg), "classes": classes, "videos": len(videos), "format": 2}
     start, progress = 0, dict(loss=0.0, taken=0, skipped=[], unreadable={})  # loss: sum over the steps taken
     if resumed:
         start, progress = engine.resume(resumed, config, MAY_CHANGE, model, optimizer, scaler)
 
     order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
-    batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
+    batches = make_loader(videos, order, cfg.workers, pin=device.type == "cuda")
     log = visualize.Log(run / "log.jsonl", start, steps, on=rank == 0)
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -603,7 +603,7 @@ def main(argv: list[str]) -> None:
     generator = torch.Generator(device)
     clips_per_step = cfg.batch * cfg.repeats
     share = clips_per_step // processes
-    signals, stop, done, saved = engine.stop_signals(catch=True), 0, start, time.time()
+    signals, stop, done, saved_at = engine.stop_signals(catch=True), 0, start, time.time()
     for step in range(start, steps):
         lr = cosine_lr(step, steps, warmup, peak, floor)
         for group in optimizer.param_groups:
@@ -624,8 +624,8 @@ def main(argv: list[str]) -> None:
             if mixer:
                 seeds = [derive_seed(11, cfg.seed, step, first + i) for i in range(len(clips) // 2)]
                 clips, targets = mix_pairs(mixer, clips, targets, cfg.repeats, seeds)
-            wait = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
-            with net.no_sync() if wait else contextlib.nullcontext():
+            early = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
+            with net.no_sync() if early else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits = net(clips, chance)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing)
@@ -642,7 +642,7 @@ def main(argv: list[str]) -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        save = time.time() - saved > 60 * cfg.save_minutes or cfg.save_every and done % cfg.save_every == 0
+        save = time.time() - saved_at > 60 * cfg.save_minutes or cfg.save_every and done % cfg.save_every == 0
         stop, save = engine.agree(max(signals, default=0), bool(save or signals or done == steps), device=device)
         line = done % cfg.log_every == 0 or done == steps
         if line or save:
@@ -654,7 +654,7 @@ def main(argv: list[str]) -> None:
                 run, model, optimizer, stage="finetune", config=config, step=done, steps=steps,
                 scaler=scaler.state_dict(), progress=progress,
             )  # fmt: skip
-            saved = time.time()
+            saved_at = time.time()
         if save and rank == 0:
             visualize.plot_log(run / "log.jsonl", run / "loss.png")
         if stop:
@@ -666,6 +666,7 @@ def main(argv: list[str]) -> None:
             log.time += time.time() - asked
 
     engine.stop_signals(catch=False)
+    batches.close()
     log.close(progress, stop, done)
     if not stop:
         score()

@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
@@ -192,7 +192,8 @@ def main(argv: list[str]) -> None:
     encoder = build_encoder(init, cfg).to(device).eval()
 
     def test_features(paths: list) -> np.ndarray:
-        loader = DataLoader(make_views(cfg, paths), batch_size=None, num_workers=cfg.workers)
+        one_by_one = [[i] for i in range(len(paths))]
+        loader = make_loader(make_views(cfg, paths), one_by_one, cfg.workers, pin=False, collate=itemgetter(0))
         return extract(encoder, (clips for _, clips in loader), len(paths), device, dtype).numpy()
 
     # Features of any videos: export them and stop.

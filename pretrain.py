@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
     if cfg.shard and dtype == torch.float16:
         raise ValueError("--shard does not go with fp16: use --precision bf16 or fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    config = {"model": model.config, "stage": asdict(cfg), "videos": len(videos)}
+    config = {"model": model.config, "stage": asdict(cfg), "videos": len(videos), "format": 2}
     start, progress = 0, dict(loss=0.0, taken=0, skipped=[], unreadable={})  # loss: sum over the steps taken
     begun = any((run / name).exists() for name in ("checkpoint.pt", "previous.pt"))
     if begun and not cfg.resume:
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
         print(f"going on after step {start} of {steps}" if begun else f"no checkpoint in {run}: starting from step 0")
 
     order = Order(len(videos), cfg.batch, micro, start, steps, cfg.seed, rank, processes)
-    batches = iter(make_loader(videos, order, cfg.workers, pin=device.type == "cuda"))
+    batches = make_loader(videos, order, cfg.workers, pin=device.type == "cuda")
     log = visualize.Log(run / "log.jsonl", start, steps, on=rank == 0)
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
     generator = torch.Generator(device)
     clips_per_step = cfg.batch * cfg.repeats
     share = clips_per_step // processes
-    signals, stop, done, saved = engine.stop_signals(catch=True), 0, start, time.time()
+    signals, stop, done, saved_at = engine.stop_signals(catch=True), 0, start, time.time()
     for step in range(start, steps):
         lr = cosine_lr(step, steps, warmup, peak, floor)
         for group in optimizer.param_groups:
@@ -201,8 +201,8 @@ def main(argv: list[str]) -> None:
             log.waited += time.time() - asked
             note_unreadable(progress["unreadable"], unreadable, clips, len(videos))
             clips = clips.to(device, non_blocking=True)
-            wait = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
-            with net.no_sync() if wait else contextlib.nullcontext():
+            early = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
+            with net.no_sync() if early else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, _ = net(clips, mask)
                 scaler.scale(loss / passes).backward()
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> None:
             target = model.target_cubes(clips[:8], places)
             nothing = model.loss(target.mean().expand_as(target), target).item()
             log.write(config=config, torch=torch.__version__, predict_nothing=nothing)
-        save = time.time() - saved > 60 * cfg.save_minutes or cfg.save_every and done % cfg.save_every == 0
+        save = time.time() - saved_at > 60 * cfg.save_minutes or cfg.save_every and done % cfg.save_every == 0
         stop, save = engine.agree(max(signals, default=0), bool(save or signals or done == steps), device=device)
         line = done % cfg.log_every == 0 or done == steps
         if line or save:
@@ -235,13 +235,14 @@ def main(argv: list[str]) -> None:
                 run, model, optimizer, stage="pretrain", config=config, step=done, steps=steps,
                 scaler=scaler.state_dict(), progress=progress,
             )  # fmt: skip
-            saved = time.time()
+            saved_at = time.time()
         if save and rank == 0:
             visualize.plot_log(run / "log.jsonl", run / "loss.png")
         if stop:
             break
 
     engine.stop_signals(catch=False)
+    batches.close()
     log.close(progress, stop, done)
     if rank == 0 and not stop:
         visualize.main(["--checkpoint", str(run / "checkpoint.pt")])

@@ -75,7 +75,8 @@ def test_pretrain_then_visualize(here, capsys):
     pretrain.main(["--data", here, "--resume", *TINY])  # nothing left to do
 
 
-def test_accumulation_and_repeats(here):
+def test_accumulation_and_repeats(here, monkeypatch):
+    monkeypatch.setattr(visualize, "main", lambda argv: None)
     pretrain.main(["--data", here, "--name", "micro", *TINY])
     pretrain.main(["--data", here, "--name", "whole", *TINY, "--micro", "8"])
     pretrain.main(["--data", here, "--name", "two", *TINY, "--repeats", "2"])
@@ -234,7 +235,8 @@ def test_a_mistake_in_a_worker_is_one_line_too(here):
     assert done.returncode == 2 and "texts/" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_a_run_is_not_overwritten(here):
+def test_a_run_is_not_overwritten(here, monkeypatch):
+    monkeypatch.setattr(visualize, "main", lambda argv: None)
     pretrain.main(["--data", here, *TINY, "--epochs", "1"])
     with pytest.raises(ValueError, match="--resume"):
         pretrain.main(["--data", here, *TINY, "--epochs", "1"])
@@ -242,7 +244,8 @@ def test_a_run_is_not_overwritten(here):
         pretrain.main(["--data", here, "--resume", *TINY])
 
 
-def test_unreadable_videos_are_counted_and_too_many_stop_the_run(here):
+def test_unreadable_videos_are_counted_and_named_after_a_resume_too(here, capsys, monkeypatch):
+    monkeypatch.setattr(visualize, "main", lambda argv: None)
     os.makedirs("mixed")
     for i in range(30):
         if i == 7:
@@ -250,5 +253,9 @@ def test_unreadable_videos_are_counted_and_too_many_stop_the_run(here):
             continue
         video = np.stack([np.full((72, 72, 3), (5 * i + k) % 256, np.uint8) for k in range(20)])
         data._write_video(f"mixed/{i:02}.avi", video)
-    pretrain.main(["--data", "mixed", *TINY, "--batch", "10", "--micro", "10", "--epochs", "1"])
-    assert json.loads(open("runs/pretrain-toy/log.jsonl").read().splitlines()[-1])["unreadable"] == 1
+    command = ["--data", "mixed", *TINY, "--batch", "10", "--micro", "10", "--epochs", "1"]
+    for again in ([], ["--resume"]):  # with nothing left to do
+        pretrain.main([*command, *again])
+        assert json.loads(open("runs/pretrain-toy/log.jsonl").read().splitlines()[-1])["unreadable"] == 1
+        said = capsys.readouterr().out
+        assert "left out, unreadable: mixed/07.avi: Invalid data" in said and "1 unreadable videos, 0 steps" in said

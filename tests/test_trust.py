@@ -149,6 +149,21 @@ def test_killed_anywhere_the_resumed_run_is_the_uninterrupted_one(beside, module
     assert same(name, "whole", "pretrain")
 
 
+@pytest.mark.parametrize("change", ["older format", "epochs", "videos"])
+def test_what_cannot_go_on_is_refused(beside, change):
+    os.makedirs(f"runs/{change}")
+    state = torch.load("runs/whole/checkpoint.pt", weights_only=True)
+    if change == "older format":
+        del state["config"]["format"], state["progress"]
+    elif change == "epochs":
+        state["config"]["stage"]["epochs"] = 3
+    else:
+        state["config"]["videos"] = 23
+    torch.save(state, f"runs/{change}/checkpoint.pt")
+    with pytest.raises(ValueError, match=f"another {change.split()[-1]} than before"):
+        pretrain.main(["--data", beside, *PRETRAIN, "--name", change, "--resume"])
+
+
 # numbers
 
 
