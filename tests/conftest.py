@@ -10,6 +10,9 @@ import torch
 
 import data
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)  # more threads wait for each other longer than they work, on tensors as small as these
+
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
