@@ -21,7 +21,8 @@ def toy(tmp_path_factory):
     return folder
 
 
-def _work(rank, size, port, stage, argv):
+def _work(rank, size, port, stage, argv, start):
+    multiprocessing.set_start_method(start, force=True)
     here = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in here.items()})
     torch.set_num_threads(1)
@@ -39,12 +40,12 @@ def forks():
 
 @pytest.fixture
 def train(forks):
-    def train(size, stage, *argv):
-        """Run a stage in as many processes as torchrun would."""
+    def train(size, stage, *argv, start=None):
+        """Run a stage in as many processes as torchrun would; `start`: how their workers start."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        jobs = [forks.Process(target=_work, args=(rank, size, port, stage, argv)) for rank in range(size)]
+        jobs = [forks.Process(target=_work, args=(rank, size, port, stage, argv, start)) for rank in range(size)]
         for job in jobs:
             job.start()
         for job in jobs:

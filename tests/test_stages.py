@@ -85,13 +85,9 @@ def test_accumulation_and_repeats(here, monkeypatch):
     assert list(losses("two")) == list(a) and losses("two") != a
 
 
-def test_workers_start_where_processes_cannot_fork(here):
+def test_workers_start_where_processes_cannot_fork(here, train):
     """macOS and newer Pythons do not fork: all that a worker needs must survive pickling."""
-    argv = ["--data", here, *TINY, "--workers", "1", "--epochs", "1"]
-    code = f"import multiprocessing as m; m.set_start_method('spawn'); import pretrain; pretrain.main({argv!r})"
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(engine.__file__)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train(1, "pretrain", "--data", here, *TINY, "--workers", "1", "--epochs", "1", start="spawn")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,20 +188,8 @@ def broken_at(stage, monkeypatch, steps):
     ids=["pretrain", "pretrain-fp16", "finetune"],
 )
 def test_a_step_without_finite_gradient_changes_nothing_and_is_counted(here, monkeypatch, stage, flags, precision):
-    command = [
-        "--data",
-        here,
-        *flags,
-        "--precision",
-        precision,
-        "--log-every",
-        "1",
-        "--save-every",
-        "1",
-        "--name",
-        "run",
-    ]
-    last = 12 if stage is pretrain else 6
+    command = ["--data", here, *flags, "--epochs", "1", "--warmup", "0", "--batch", "4", "--precision", precision]
+    command, last = [*command, "--log-every", "1", "--save-every", "1", "--name", "run"], 6
     broken_at(stage, monkeypatch, {3, last})
     stage.main(command)
     lines = log("run")
@@ -247,21 +236,19 @@ def test_finetuning_is_the_same_with_one_two_or_four_processes(here, train):
 
 
 def test_a_resumed_run_may_have_another_number_of_processes(here, train):
-    flags = ["--data", here, *PRETRAIN]
+    flags = ["--data", here, *PRETRAIN, "--save-every", "5"]
     pretrain.main([*flags, "--name", "one"])
-    train(2, "pretrain", *flags, "--name", "cut", "--shard", "--save-every", "5")  # sharded, whole
-    for file in ("checkpoint", "previous"):
-        state = engine.load_checkpoint(f"runs/cut/{file}.pt", "pretrain")
-        assert state["step"] == {"checkpoint": 12, "previous": 10}[file]
-    os.remove("runs/cut/checkpoint.pt")  # as if killed after step 10
-    train(4, "pretrain", *flags, "--name", "cut", "--resume")  # copies, from the sharded one's checkpoint
-    close("one", "cut")
-    os.remove("runs/cut/checkpoint.pt")
-    train(2, "pretrain", *flags, "--name", "cut", "--resume", "--shard")
-    pretrain.main([*flags, "--name", "cut", "--resume"])  # nothing left to do
-    close("one", "cut")
-    a, b = weights("one", "pretrain"), weights("cut", "pretrain")
-    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    train(2, "pretrain", *flags, "--name", "shard", "--shard")
+    shutil.copytree("runs/one", "runs/other")
+    for run in ("shard", "other"):
+        assert engine.load_checkpoint(f"runs/{run}/previous.pt", "pretrain")["step"] == 10
+        os.remove(f"runs/{run}/checkpoint.pt")  # as if killed after step 10
+    pretrain.main([*flags, "--name", "shard", "--resume"])  # alone, from the sharded one's checkpoint
+    train(4, "pretrain", *flags, "--name", "other", "--resume", "--shard")
+    for run in ("shard", "other"):
+        close("one", run)
+        a, b = weights("one", "pretrain"), weights(run, "pretrain")
+        assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
 def test_shard_needs_processes(here):
