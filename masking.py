@@ -7,6 +7,8 @@ of the batch gets a mask of its own, and all clips mask the same number of token
     tube_mask    one spatial mask for all slots (paper section 3.3): no cube can be copied from another time
     random_mask  any cubes (paper Table 1b, "random")
     frame_mask   whole slots (paper Table 1b, "frame")
+
+running_cell_mask, no entry of MASKS, hides tokens from the decoder, beyond the paper.
 """
 
 import torch
@@ -61,6 +63,28 @@ def frame_mask(batch: int, grid: Grid, ratio: float, generator: torch.Generator 
     """
     t, h, w = grid
     return _shuffled(batch, t, ratio, generator, device).repeat_interleave(h * w, dim=1)
+
+
+def running_cell_mask(
+    batch: int, grid: Grid, ratio: float, generator: torch.Generator | None = None, device="cpu"
+) -> Tensor:
+    """Which tokens the decoder leaves out: (B, N) bool, a share `ratio` (0.25, 0.5 or 0.75) of them, evenly spread.
+
+    VideoMAE V2 (Wang et al., CVPR 2023), section 3.2: of each 2 x 2 cell of places, 4*ratio are left out; from one slot
+    to the next the choice moves on by one, so that over four slots every place is decoded equally often, and with tube
+    masks in every clip the same number of masked ones. Each clip begins elsewhere. Same arguments as tube_mask; raises
+    ValueError for another ratio and for a grid that such cells do not fill.
+    """
+    t, h, w = grid
+    if ratio not in (0.25, 0.5, 0.75) or t % 4 or h % 2 or w % 2:
+        raise ValueError(
+            f"decoder masking leaves out 0.25, 0.5 or 0.75 of a grid with slots in fours, rows and columns in pairs, "
+            f"not {ratio} of {t}x{h}x{w}"
+        )
+    begin = torch.randint(4, (batch, 1, 1), generator=generator, device=device)
+    slot, place = torch.arange(t, device=device)[:, None], torch.arange(4, device=device)
+    cells = (place + begin + 1 + slot) % 4 < 4 * ratio  # (B, t, 4): of a cell, row by row
+    return cells.unflatten(2, (2, 2)).repeat(1, 1, h // 2, w // 2).flatten(1)
 
 
 MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}

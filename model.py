@@ -51,12 +51,24 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module, context: Tensor | None = None) -> Tensor:
+        """All attend to all after `norm`; with `context` (B, K, D), x asks and only the context answers."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
+        project = lambda x, rows: recompute(lambda x: F.linear(norm(x), self.qkv.weight[rows], bias[rows]), x)
+        if context is None:
+            q, k, v = project(x, slice(None)).chunk(3, dim=2)
+        else:
+            d = x.shape[2]
+            q, (k, v) = project(x, slice(0, d)), project(context, slice(d, None)).chunk(2, dim=2)
+        q, k, v = (rearrange(part, "b n (heads d) -> b heads n d", heads=self.heads) for part in (q, k, v))
+        return self.proj(rearrange(attend(q, k, v), "b heads n d -> b n (heads d)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d) each, by PyTorch's kernel, but for bf16 on CPUs by ours."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_cpu(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):
@@ -67,8 +79,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        hidden = recompute(lambda x: self.fc1(norm(x)), x)
+        return recompute(lambda x: self.fc2(F.gelu(x)), hidden)
 
 
 def drop(x: Tensor, rate: float, chance: Tensor | None) -> Tensor:
@@ -90,23 +103,38 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, chance: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); `chance` (B, 1, 1) decides for each branch which clips skip it, see drop."""
+    def forward(self, x: Tensor, chance: tuple[Tensor, Tensor] | None = None, context: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `chance` (B, 1, 1) decides for each branch which clips skip it, see drop; `context`
+        see Attention."""
         first, second = chance or (None, None)
-        x = x + drop(self.attn(self.norm1(x)), self.drop_path, first)
-        return x + drop(self.mlp(self.norm2(x)), self.drop_path, second)
+        x = x + drop(self.attn(x, self.norm1, context), self.drop_path, first)
+        return x + drop(self.mlp(x, self.norm2), self.drop_path, second)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointing: bool, chances: Tensor | None = None) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, checkpointing: bool, chances: Tensor | None = None, context: Tensor | None = None
+) -> Tensor:
     """Apply the blocks in turn, with two columns each of `chances` (B, 2*depth) for drop path (None: nothing drops).
 
     With checkpointing, keep only the blocks' inputs and compute each again in the backward.
     """
     pairs = [None] * len(blocks) if chances is None else [c[..., None, None].unbind(1) for c in chances.split(2, dim=1)]
     for block, pair in zip(blocks, pairs, strict=True):
-        recompute = checkpointing and torch.is_grad_enabled()
-        x = checkpoint(block, x, pair, use_reentrant=False) if recompute else block(x, pair)
+        keep_inputs = checkpointing and torch.is_grad_enabled()
+        arguments = (x, pair, context)
+        x = checkpoint(block, *arguments, use_reentrant=False) if keep_inputs else block(*arguments)
     return x
+
+
+def recompute(function, *args):
+    """function(*args), of whose intermediate values the backward keeps none but computes again those that it needs.
+
+    Around "norm, linear" and "GELU, linear" this repeats the norm or GELU alone, which costs little time: activations
+    shrink by a third. A compiler finds such savings by itself.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -178,14 +206,15 @@ def normalize_cubes(cubes: Tensor, channels: int = 3) -> tuple[Tensor, Tensor, T
     includes the 1e-6, so that y * std + mean gives the cube back.
     """
     u = rearrange(cubes, "b n (p c) -> b n p c", c=channels)
-    var, mean = torch.var_mean(u, dim=2, keepdim=True)
-    std = var.sqrt() + 1e-6
-    return rearrange((u - mean) / std, "b n p c -> b n (p c)"), mean, std
+    mean = u.mean(dim=2, keepdim=True)
+    u = u - mean
+    std = torch.linalg.vector_norm(u, dim=2, keepdim=True) / (u.shape[2] - 1) ** 0.5 + 1e-6
+    return rearrange(u.div_(std), "b n p c -> b n (p c)"), mean, std
 
 
 def unit_range(pixels: Tensor) -> Tensor:
     """uint8 0-255 -> float32 0-1; floats are taken as 0-1 already."""
-    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
 
 
 def sincos(index: Tensor, dim: int, longest: float) -> Tensor:
@@ -282,17 +311,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks over visible and mask tokens; the last `keep` tokens become the pixels of their cubes."""
+    """Blocks over visible (B, V, D) and mask tokens (B, M, D); the last `keep` mask tokens become their cubes' pixels.
 
-    def __init__(self, dim: int, depth: int, heads: int, values: int):
+    With `cross`, mask tokens attend to the visible ones alone, which stay as they are (CrossMAE, Fu et al. 2024).
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int, values: int, cross: bool):
         super().__init__()
+        self.cross = cross
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, values)
         init_linears(self, nn.init.xavier_uniform_)
 
-    def forward(self, x: Tensor, keep: int, checkpointing: bool) -> Tensor:
-        return self.head(self.norm(run_blocks(self.blocks, x, checkpointing)[:, -keep:]))
+    def forward(self, visible: Tensor, masked: Tensor, keep: int, checkpointing: bool) -> Tensor:
+        x, context = (masked, visible) if self.cross else (torch.cat([visible, masked], dim=1), None)
+        return self.head(self.norm(run_blocks(self.blocks, x, checkpointing, context=context)[:, -keep:]))
 
 
 class VideoMAE(nn.Module):
@@ -311,6 +345,7 @@ class VideoMAE(nn.Module):
     normalize      predict cubes with zero mean and unit variance (the paper); False: pixels in 0-1
     loss           a name of LOSSES
     eps            of the LayerNorms, see EPS
+    cross          a decoder without attention among mask tokens, see Decoder; off in the paper
     """
 
     def __init__(
@@ -324,6 +359,7 @@ class VideoMAE(nn.Module):
         normalize: bool = True,
         loss: str = "mse",
         eps: tuple[float, float] = EPS,
+        cross: bool = False,
     ):
         super().__init__()
         known = {"positions": POSITIONS, "target": TARGETS, "loss": LOSSES}
@@ -334,7 +370,7 @@ class VideoMAE(nn.Module):
         depth = s["decoder_depth"] if decoder_depth is None else decoder_depth
         self.config = dict(size=size, video_size=list(video_size), cube=list(cube), positions=positions,
                            decoder_depth=depth, target=target, normalize=normalize, loss=loss,
-                           eps=list(eps))  # fmt: skip
+                           eps=list(eps), cross=cross)  # fmt: skip
         self.target, self.normalize, self.loss = target, normalize, LOSSES[loss]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         frames = {"clip": cube[0], "center": 1, "double": 2 * cube[0]}[target]
@@ -342,30 +378,43 @@ class VideoMAE(nn.Module):
         self.encoder_to_decoder = nn.Linear(s["dim"], s["decoder_dim"], bias=False)  # PyTorch's default initialisation
         self.mask_token = nn.Parameter(torch.zeros(1, 1, s["decoder_dim"]))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        self.decoder = Decoder(s["decoder_dim"], depth, s["decoder_heads"], frames * cube[1] * cube[2] * 3)
+        self.decoder = Decoder(s["decoder_dim"], depth, s["decoder_heads"], frames * cube[1] * cube[2] * 3, cross)
         table = position_table(self.encoder.grid, s["decoder_dim"], positions)
         self.register_buffer("positions", table, persistent=False)
         set_eps(self, eps)
 
-    def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, video: Tensor, mask: Tensor, decoder_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W) and mask (B, N), True = masked -> the mean loss over the predicted cubes, float32,
-        and the predictions (B, M, P) in ascending token order (target "center": only those of the central slot)."""
+        and the predictions (B, M, P) in ascending token order (target "center": only those of the central slot).
+
+        Masked tokens that are True in `decoder_mask` (B, N) are left out of decoder and loss (after VideoMAE V2, which
+        also gives the decoder mask tokens for some of the places that the encoder sees).
+        """
         visible, masked = token_indices(mask)
+        if decoder_mask is not None:
+            _, masked = token_indices(mask & ~decoder_mask)
         keep = masked.shape[1]
         if self.target == "center":
             masked, keep = self.center_last(mask, masked)
+        return self.reconstruct(video, visible, masked, keep)
+
+    def reconstruct(self, video: Tensor, visible: Tensor, masked: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Encode the visible tokens (B, V), decode the masked ones (B, M): loss and predictions of the last `keep`."""
         latent = self.encoder(video[:, ::2] if self.target == "double" else video, visible)
         pred = self.decode(latent, visible, masked, keep)
         return self.loss(pred.float(), self.target_cubes(video, masked[:, -keep:])), pred
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile what comes after the tokens are counted: one graph, whose shapes are the same in every step."""
+        self.reconstruct = torch.compile(self.reconstruct, backend=backend, fullgraph=True)
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, keep: int) -> Tensor:
         """Latents (B, V, D) -> predicted cubes (B, keep, P) of the last `keep` masked tokens.
 
         Every masked place enters as the one shared mask token plus its position; order does not matter to attention.
         """
-        x = self.encoder_to_decoder(latent) + self.positions[visible]
-        x = torch.cat([x, self.mask_token + self.positions[masked]], dim=1)
-        return self.decoder(x, keep, self.encoder.checkpointing)
+        seen = self.encoder_to_decoder(latent) + self.positions[visible]
+        return self.decoder(seen, self.mask_token + self.positions[masked], keep, self.encoder.checkpointing)
 
     def target_video(self, video: Tensor) -> Tensor:
         """The frames the decoder predicts: all, or for target "center" only frame T/2 (dimension T kept)."""
@@ -561,3 +610,52 @@ def listed(names: list[str]) -> str:
     short = [re.sub(r"blocks\.\d+\..*", "blocks.*", name) for name in names]
     counted = (f"{short.count(name)} {name}" if name.endswith("*") else name for name in dict.fromkeys(short))
     return ", ".join(names if len(names) <= 8 else counted)
+
+
+# -------------------------------------------------------------------------------------- attention on CPUs in bf16
+
+# PyTorch's fused kernel takes about twice as long there as plain matrix products whose weights stay in the cache. An
+# operator of its own, forward and backward, is one node for torch.compile, whatever the number of heads.
+
+
+def in_cache(*tensors: Tensor, size: int):
+    """The same heads of several (B, heads, N, d), as many at a time as have some MB of weights, `size` numbers each."""
+    few = max(2**22 // size, 1)
+    flat = [tensor.flatten(0, 1) for tensor in tensors]
+    return zip(*(x.unbind() if few == 1 else x.split(few) for x in flat), strict=True)
+
+
+def weigh(q: Tensor, k: Tensor) -> Tensor:
+    """Attention weights of one or more heads, (..., N, d) and (..., K, d) -> (..., N, K)."""
+    return (q @ k.transpose(-1, -2)).softmax(dim=-1)
+
+
+@torch.library.custom_op("videomae::attend_cpu", mutates_args=())
+def attend_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As attend."""
+    q, out = q * q.shape[-1] ** -0.5, torch.empty(q.shape, dtype=q.dtype)
+    for q_part, k_part, v_part, part in in_cache(q, k, v, out, size=q.shape[2] * k.shape[2]):
+        torch.matmul(weigh(q_part, k_part), v_part, out=part)
+    return out
+
+
+@torch.library.custom_op("videomae::attend_cpu_backward", mutates_args=())
+def attend_cpu_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given that of attend_cpu; the weights are computed again."""
+    scale, grads = q.shape[-1] ** -0.5, [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    parts = in_cache(q * scale, k, v, grad, *grads, size=q.shape[2] * k.shape[2])
+    for q_part, k_part, v_part, g, dq, dk, dv in parts:
+        weights, dweights = weigh(q_part, k_part), g @ v_part.transpose(-1, -2)
+        torch.matmul(weights.transpose(-1, -2), g, out=dv)
+        dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        torch.matmul(dlogits, k_part, out=dq).mul_(scale)
+        torch.matmul(dlogits.transpose(-1, -2), q_part, out=dk)
+    return tuple(grads)
+
+
+attend_cpu.register_fake(lambda q, k, v: q.new_empty(q.shape))
+attend_cpu_backward.register_fake(lambda q, k, v, grad: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+attend_cpu.register_autograd(
+    lambda ctx, grad: attend_cpu_backward(*ctx.saved_tensors, grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

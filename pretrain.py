@@ -43,7 +43,7 @@ from data import (
     split_batch,
 )
 from engine import opt
-from masking import MASKS
+from masking import MASKS, running_cell_mask
 from model import LOSSES, POSITIONS, SIZES, TARGETS, VideoMAE, precision_dtype
 
 
@@ -69,6 +69,10 @@ class Config:
     loss: Literal[tuple(LOSSES)] = opt("mse", "between prediction and target (paper Table 1f)")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy (paper Table 1b)")
     ratio: float = opt(0.9, "share of the tokens that is hidden")
+    decoder_mask: float = opt(
+        0.0, "share of the masked tokens that is not decoded: 0.25, 0.5, 0.75 (VideoMAE V2); 0: none"
+    )
+    cross: bool = opt(False, "a decoder whose mask tokens attend to visible tokens alone (CrossMAE)")
     # optimisation
     epochs: int = opt(800, "passes over the videos", 1)
     batch: int = opt(1024, "effective batch: videos per optimiser step, over all GPUs and accumulation passes", 1)
@@ -126,6 +130,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}: lower it")
     if cfg.target == "center" and cfg.mask != "tube" or cfg.target == "double" and cfg.stride % 2:
         raise ValueError("--target center needs --mask tube, --target double an even --stride")
+    if cfg.decoder_mask and (cfg.mask != "tube" or cfg.target == "center"):
+        raise ValueError("--decoder-mask needs --mask tube, and does not go with --target center")
     if cfg.data == TOY and rank == 0:
         make_toy(TOY)
     if processes > 1:
@@ -145,8 +151,9 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     video_size = (cfg.frames, cfg.resolution, cfg.resolution)
     model = VideoMAE(
-        cfg.size, video_size, cfg.cube, cfg.positions, cfg.decoder_depth, cfg.target, cfg.normalize, cfg.loss
-    ).to(device)
+        cfg.size, video_size, cfg.cube, cfg.positions, cfg.decoder_depth, cfg.target, cfg.normalize, cfg.loss,
+        cross=cfg.cross,
+    ).to(device)  # fmt: skip
     model.encoder.checkpointing = cfg.checkpointing
     net = engine.parallel(model, cfg.shard)
     if cfg.compile:
@@ -193,9 +200,13 @@ def main(argv: list[str]) -> None:
 
         # Masks of the whole effective batch, of which this process takes its rows: the same on any number of GPUs.
         generator.manual_seed(derive_seed(3, cfg.seed, step))
-        masks = MASKS[cfg.mask](clips_per_step, model.encoder.grid, cfg.ratio, generator, device)
+        about = dict(batch=clips_per_step, grid=model.encoder.grid, generator=generator, device=device)
+        masks = [MASKS[cfg.mask](ratio=cfg.ratio, **about)]
+        if cfg.decoder_mask:
+            masks.append(running_cell_mask(ratio=cfg.decoder_mask, **about))
         total = 0.0
-        for number, mask in enumerate(masks[rank * share :][:share].split(micro * cfg.repeats), start=1):
+        mine = (part[rank * share :][:share].split(micro * cfg.repeats) for part in masks)
+        for number, mask in enumerate(zip(*mine, strict=True), start=1):
             asked = time.time()
             clips, _, unreadable = next(batches)
             log.waited += time.time() - asked
@@ -204,7 +215,7 @@ def main(argv: list[str]) -> None:
             early = processes > 1 and not cfg.shard and number < passes  # DDP: gradients meet in the last pass
             with net.no_sync() if early else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, _ = net(clips, mask)
+                    loss, _ = net(clips, *mask)
                 scaler.scale(loss / passes).backward()
             total = total + loss.detach() / passes
         done = step + 1
@@ -219,7 +230,7 @@ def main(argv: list[str]) -> None:
         optimizer.zero_grad(set_to_none=True)
 
         if step == 0:  # the loss of a model that predicts the targets' mean everywhere
-            places = torch.arange(mask.shape[1], device=device).expand(len(clips[:8]), -1)
+            places = torch.arange(masks[0].shape[1], device=device).expand(len(clips[:8]), -1)
             target = model.target_cubes(clips[:8], places)
             nothing = model.loss(target.mean().expand_as(target), target).item()
             log.write(config=config, torch=torch.__version__, predict_nothing=nothing)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from masking import MASKS, frame_mask, num_masked, random_mask, tube_mask
+from masking import MASKS, frame_mask, num_masked, random_mask, running_cell_mask, tube_mask
 
 GRID = (8, 14, 14)
 
@@ -56,3 +56,29 @@ def test_impossible_ratios_are_refused_with_numbers(name, ratio):
 
 def test_masks_live_on_the_device_asked_for():
     assert tube_mask(2, GRID, 0.9, device="meta").device.type == "meta"
+
+
+def test_running_cells_move_on_as_published():
+    """The table of VideoMAE V2 at half: the cell of slots 0 to 3, of a clip that begins at 0; 1 is left out."""
+    table = [[[1, 0], [0, 1]], [[0, 0], [1, 1]], [[0, 1], [1, 0]], [[1, 1], [0, 0]]]
+    masks = running_cell_mask(64, GRID, 0.5).view(64, 8, 7, 2, 7, 2)
+    cells = masks[:, :, 0, :, 0]
+    assert (masks == cells[:, :, None, :, None]).all()  # the same in every place
+    assert (cells[:, 4:] == cells[:, :4]).all()
+    begins = {tuple(cell[0].flatten().tolist()) for cell in cells}
+    assert len(begins) == 4  # each clip begins somewhere
+    first = next(cell for cell in cells if cell[0].tolist() == table[0])
+    assert first[:4].int().tolist() == table
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_running_cells_leave_out_the_same_share_of_every_tube_mask(ratio):
+    tube, skipped = tube_mask(9, GRID, 0.9), running_cell_mask(9, GRID, ratio)
+    assert (skipped.sum(dim=1) == ratio * 1568).all()
+    assert ((tube & ~skipped).sum(dim=1) == (1 - ratio) * 1408).all()  # 704 at half, as published
+
+
+@pytest.mark.parametrize("ratio, grid", [(0.6, GRID), (0.5, (2, 4, 4)), (0.5, (4, 3, 4))])
+def test_running_cells_that_do_not_fit_are_refused(ratio, grid):
+    with pytest.raises(ValueError, match="not .* of .x"):
+        running_cell_mask(1, grid, ratio)

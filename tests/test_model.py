@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from masking import random_mask, tube_mask
+from masking import random_mask, running_cell_mask, tube_mask
 from model import (
     LOSSES,
     Classifier,
     Encoder,
     VideoMAE,
+    attend,
+    attend_cpu,
     grid_of,
     normalize_cubes,
     patchify,
@@ -238,6 +241,73 @@ def test_activation_checkpointing_changes_nothing():
         grads.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("queries, keys", [(70, 70), (2100, 2100), (50, 20)])  # 2100: one head at a time
+def test_attention_for_cpus_is_attention(queries, keys):
+    parts = [torch.randn(2, n, 3 * 16).unflatten(2, (3, 16)).transpose(1, 2) for n in (queries, keys, keys)]
+    parts, grad = [part.requires_grad_() for part in parts], torch.randn(2, 3, queries, 16)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        cast = [part.to(dtype) for part in parts]
+        mine, reference = attend_cpu(*cast), F.scaled_dot_product_attention(*parts)
+        torch.testing.assert_close(mine.float(), reference, atol=error, rtol=error)
+        grads = [torch.autograd.grad((out * grad).sum(), parts) for out in (mine, reference)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=error, rtol=error)
+    assert torch.equal(attend(*cast), mine)  # bf16 on a CPU takes it
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_decoder_mask_leaves_tokens_out_of_the_loss(cross):
+    torch.manual_seed(0)
+    model, video, mask = VideoMAE(**SMALL, cross=cross), clip(), tube_mask(2, GRID, 0.75)
+    skipped = running_cell_mask(2, GRID, 0.5)
+    decoded = mask & ~skipped
+    loss, pred = model(video, mask, skipped)
+    index = token_indices(decoded)[1]
+    torch.testing.assert_close(loss, F.mse_loss(pred, model.target_cubes(video, index)))
+    everything = model(video, mask, torch.zeros_like(mask))
+    torch.testing.assert_close(everything, model(video, mask))
+    among_all = everything[1][decoded[mask].view(2, -1)].view_as(pred)
+    # Mask tokens that see each other miss those left out; cross attention never saw them.
+    assert torch.allclose(pred, among_all, atol=1e-5) == cross
+
+
+def test_cross_attention_keeps_the_parameters_and_the_config():
+    model = VideoMAE(**SMALL, cross=True)
+    VideoMAE(**SMALL).load_state_dict(model.state_dict())
+    assert VideoMAE(**model.config).decoder.cross
+    loss, _ = model(clip(), tube_mask(2, GRID, 0.75))
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+LOW = dict(dim=48, depth=1, heads=3, decoder_dim=48, decoder_depth=1, decoder_heads=3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(cross=True, normalize=False)])
+def test_compiled_steps_are_one_graph_that_is_compiled_once(options):
+    """model.compile refuses graph breaks; other masks and videos need no other graph, and results stay the same."""
+    torch._dynamo.reset()
+    model, compiled = (VideoMAE(**{**SMALL, "size": LOW}, **options) for _ in range(2))
+    compiled.load_state_dict(model.state_dict())
+    compiled.compile(backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.autocast("cpu", torch.bfloat16):
+        for seed in range(3):
+            step = clip(seed=seed), tube_mask(2, GRID, 0.75)
+            loss = compiled(*step)[0]
+            loss.backward()
+            torch.testing.assert_close(loss, model(*step)[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_compiled_classifier_is_one_graph():
+    classifier = Classifier(LOW, 5, (8, 32, 48), (2, 8, 8), drop_path=0.2, head_dropout=0.5)
+    torch._dynamo.reset()
+    run = torch.compile(classifier, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            chances = torch.rand(2, classifier.draws)
+            torch.testing.assert_close(run(clip(seed=seed), chances), classifier(clip(seed=seed), chances))
 
 
 def test_every_parameter_learns_and_one_batch_is_overfitted():

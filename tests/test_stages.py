@@ -92,7 +92,8 @@ def test_workers_start_where_processes_cannot_fork(here, train):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--target center", "--target double", "--mask frame --loss l1 --precision fp16",
+    ["--target center", "--target double", "--cross --decoder-mask 0.5 --precision bf16",
+     "--mask frame --loss l1 --precision fp16",
      "--mask random --no-normalize --checkpointing",
      "--positions 3d --clip-grad 0.1 --precision bf16 --flip --beta2 0.9 --weight-decay 0.1"],
 )  # fmt: skip
@@ -119,7 +120,8 @@ def plain(toy, tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     ["--stride 1", "--flip", "--beta2 0.5", "--weight-decay 100", "--clip-grad 1e-6", "--seed 1", "--mask random",
-     "--ratio 0.5", "--base-lr 1e-3", "--loss l1", "--positions 1d", "--decoder-depth 2"],
+     "--ratio 0.5", "--base-lr 1e-3", "--loss l1", "--positions 1d", "--decoder-depth 2",
+     "--cross", "--decoder-mask 0.5"],
 )  # fmt: skip
 def test_every_option_changes_what_is_learned(here, plain, flags, monkeypatch):
     changed = short_run(here, monkeypatch, *flags.split())
