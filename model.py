@@ -325,8 +325,12 @@ class Decoder(nn.Module):
         init_linears(self, nn.init.xavier_uniform_)
 
     def forward(self, visible: Tensor, masked: Tensor, keep: int, checkpointing: bool) -> Tensor:
-        x, context = (masked, visible) if self.cross else (torch.cat([visible, masked], dim=1), None)
-        return self.head(self.norm(run_blocks(self.blocks, x, checkpointing, context=context)[:, -keep:]))
+        if self.cross:
+            x = run_blocks(self.blocks, masked[:, -keep:], checkpointing, context=visible)
+        else:
+            x = run_blocks(self.blocks[:-1], torch.cat([visible, masked], dim=1), checkpointing)
+            x = run_blocks(self.blocks[-1:], x[:, -keep:], checkpointing, context=x)  # the rest is read by nobody
+        return self.head(self.norm(x))
 
 
 class VideoMAE(nn.Module):

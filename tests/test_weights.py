@@ -249,7 +249,7 @@ def test_leaving_out_the_key_bias_changes_nothing():
     attention = (q @ k.mT / 32**0.5).softmax(dim=-1) @ v
     proj = [state[f"blocks.3.attn.proj.{part}"] for part in ("weight", "bias")]
     expected = F.linear(attention.transpose(1, 2).flatten(2), *proj)
-    torch.testing.assert_close(model.encoder.blocks[3].attn(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.encoder.blocks[3].attn(x, nn.Identity()), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decoder", [True, False])
