@@ -546,11 +546,14 @@ def to_ours(state: dict[str, Tensor], frames: int = 2) -> dict[str, Tensor]:
 def to_official(model: VideoMAE | Classifier) -> dict[str, Tensor]:
     """The weights under the official code's names and with its Conv3d, for others to load; to_ours is the inverse.
 
-    The official code computes the "1d" table of the grid at hand: ValueError where the model's positions are others.
+    The official code computes the "1d" table of the grid at hand: ValueError where the model's positions are others, or
+    its decoder attends otherwise.
     """
     (p0, p1, p2), grid = model.encoder.cube, list(model.encoder.grid)
     if model.config["positions"] != "1d" or model.config.get("trained_grid", grid) != grid:
         raise ValueError("the official code cannot use these weights: it has no 3d and no interpolated positions")
+    if model.config.get("cross"):
+        raise ValueError("the official code cannot use these weights: it has no cross attention")
     state = model.state_dict()
     kernel = rearrange(state["encoder.patch_embed.weight"], "d (p0 p1 p2 c) -> d c p0 p1 p2", p0=p0, p1=p1, p2=p2)
     state["encoder.patch_embed.weight"] = kernel.contiguous()

@@ -180,6 +180,8 @@ def test_official_names_are_those_of_the_method():
 def test_positions_that_others_lack_are_not_exported(arguments):
     with pytest.raises(ValueError, match="positions"):
         to_official(Classifier("toy", 5, **CLIPS, **arguments))
+    with pytest.raises(ValueError, match="no cross attention"):
+        to_official(VideoMAE("toy", **CLIPS, cross=True))
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
