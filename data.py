@@ -16,6 +16,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import multiprocessing
@@ -40,6 +41,7 @@ import av
 import numpy as np
 import torch
 import torch.distributed as dist
+from av.bitstream import BitStreamFilterContext
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -69,20 +71,19 @@ def read_frames(path: str | Path, pick) -> Tensor:
             stream = _video_stream(container)
             packets = [packet for packet in container.demux(stream) if packet.size]
             total = sum(not packet.is_discard for packet in packets)
-            cuts, times = [], None
-            if set(container.format.name.split(",")) & TIMED and stream.codec_context.codec.id in ONE_FRAME_A_PACKET:
-                cuts, times = _clean_cuts(packets)
+            groups, times = _groups(container, stream, packets)
             while total:
                 wanted = [int(i) for i in (pick(total) if callable(pick) else pick)]
                 if not wanted or min(wanted) < 0 or max(wanted) >= total:
                     raise ValueError(f"{name}: asked for frames {wanted}, it has {total}")
-                start, first = max((cut for cut in cuts if cut[1] <= min(wanted)), default=(0, 0))
-                frames, seen = _decode(stream, packets[start:], first, set(wanted), times if cuts else None)
-                if len(frames) == len(set(wanted)):
-                    return torch.from_numpy(np.stack([frames[i] for i in wanted])).permute(0, 3, 1, 2)
-                stream.codec_context.flush_buffers()
-                if cuts:
-                    cuts = []  # a frame was not the one that the packets announced: decode from the start and count
+                clip = Clip(wanted)
+                for part, shows in _parts(stream, groups, times, clip.missing) if groups else [(packets, None)]:
+                    seen = _decode(stream, part, shows, clip)
+                    stream.codec_context.flush_buffers()
+                if not clip.missing:
+                    return torch.from_numpy(clip.pixels).permute(0, 3, 1, 2)
+                if groups:
+                    groups = []  # a frame was not the one that the packets announced: decode from the start and count
                 elif callable(pick):
                     total = seen  # some packets held no frame (usual for XviD): choose again among those there are
                 else:
@@ -103,10 +104,11 @@ if int(av.__version__.split(".")[0]) < 19:
 
 SECONDS, SECONDS_PER_MIB = 60, 10  # the longest that reading a file may take; decoders and network disks can hang
 
-# Where decoding may begin in the middle: containers whose packets carry true display times, and codecs with one shown
-# frame a packet (VP8, for one, has packets that show nothing). All others are decoded from the start and counted.
+# Where not everything need be decoded: containers whose packets carry true display times, and codecs with one shown
+# frame a packet (VP8, for one, has packets that show nothing). MPEG-4 may be anywhere, its frames say their order. All
+# others are decoded from the start and counted.
 TIMED = {"mp4", "matroska"}
-ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
+ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1")}
 
 
 def shown(path: str | Path) -> str:
@@ -165,13 +167,67 @@ def _video_stream(container):
     return stream
 
 
-def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
-    """Key frames that split the packets in decoding order into the same two parts as in display order.
+VOP = b"\0\0\1\xb6"  # begins a frame of MPEG-4; the next two bits are its kind, 0 that of key frames, 2 of B-frames
 
-    Returns (packet number, frames shown before it) of each, and the display times of all shown frames in order; no
-    cuts where a time is missing, where packets are out of order (some will show nothing), and where the file does not
-    begin with such a key frame.
+
+def _kind(raw: bytes) -> int:
+    return raw[raw.index(VOP) + 4] >> 6
+
+
+def _numbered(stream, packets) -> list:
+    """MPEG-4's packets, one frame in each, with the frame's number as their time; [] if not possible.
+
+    A B-frame is shown as soon as it is decoded, another one when the next of those is. XviD packs two frames in a
+    packet and none in the next, and for a frame like the one before writes a few bytes that show nothing.
     """
+    raw = [bytes(packet) for packet in packets]
+    if any(r.count(VOP) > 1 for r in raw):
+        unpack, copies = BitStreamFilterContext("mpeg4_unpack_bframes", stream), []
+        for r in raw:
+            copies.append(av.Packet(len(r)))  # FFmpeg wants zeros behind the bytes, which av.Packet(r) does not have
+            copies[-1].update(r)
+        packets = [packet for copy in copies for packet in unpack.filter(copy)]
+        raw = [bytes(packet) for packet in packets]
+    while raw and len(raw[-1]) <= 8:
+        raw.pop()  # shows nothing
+    if any(r.count(VOP) != 1 or len(r) <= 8 or r.endswith(VOP) for r in raw):
+        return []
+    kinds, order, held = [_kind(r) for r in raw], [], []
+    for number, kind in enumerate(kinds):
+        order += [number] if kind == 2 else held
+        held = held if kind == 2 else [number]
+    for place, number in enumerate(order + held):
+        packet = packets[number]
+        packet.pts, packet.dts, packet.is_keyframe = place, number, kinds[number] == 0
+    return [] if 2 in kinds[:2] else packets[: len(raw)]
+
+
+def _unreferred(stream, packet) -> bool:
+    """Whether no other frame builds on this packet's, so that it need not be decoded for them."""
+    raw, codec, about = bytes(packet), stream.codec_context.name, stream.codec_context.extradata or b""
+    if codec == "mpeg4":
+        return _kind(raw) == 2 and len(raw) > 32  # less might show nothing: left to the decoder
+    if codec != "h264" or about[:1] != b"\1":
+        return False
+    width, at, slices = (about[4] & 3) + 1, 0, []  # H.264: units with their length in front
+    while at + width < len(raw):
+        slices += [raw[at + width]] * (raw[at + width] & 31 in range(1, 6))
+        at += width + int.from_bytes(raw[at : at + width], "big")
+    return bool(slices) and not any(first >> 5 & 3 for first in slices)  # nal_ref_idc
+
+
+def _groups(container, stream, packets) -> tuple[list[tuple[list, int]], list[int]]:
+    """Groups of packets that can be decoded without the others, each with the number of its first frame.
+
+    Each begins with a key frame, and splits the packets in decoding order as the frames in display order. Also returns
+    the display times of all shown frames in order. No groups where a time is missing or there twice, where packets are
+    out of order (some will show nothing), and where the file does not begin with such a key frame.
+    """
+    codec = stream.codec_context.codec
+    if codec.name == "mpeg4" and not any(packet.is_discard for packet in packets):
+        packets = _numbered(stream, packets)
+    elif not set(container.format.name.split(",")) & TIMED or codec.id not in ONE_FRAME_A_PACKET:
+        return [], []
     order = [packet.dts for packet in packets if packet.dts is not None]
     if any(packet.pts is None for packet in packets) or any(a > b for a, b in pairwise(order)):
         return [], []
@@ -183,27 +239,60 @@ def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
             cuts.append((number, shown, packet.pts))
         latest, shown = max(latest, packet.pts), shown + (not packet.is_discard)
     times = sorted(packet.pts for packet in packets if not packet.is_discard)
-    return [cut[:2] for cut in cuts] if cuts and cuts[0][0] == 0 else [], times
+    if not cuts or cuts[0][0] or len(set(times)) < len(times):
+        return [], []
+    ends = [*(cut[0] for cut in cuts[1:]), len(packets)]
+    return [(packets[begin:end], first) for (begin, first, _), end in zip(cuts, ends, strict=True)], times
 
 
-def _decode(stream, packets, index: int, wanted: set[int], times: list[int] | None):
-    """Decode until every wanted frame is there: {index: (H, W, 3) uint8}, and the index after the last frame seen.
+def _parts(stream, groups, times: list[int], wanted: set[int]):
+    """What must be decoded for the wanted frames: packets that can be decoded by themselves, and the (time, number) of
+    every frame that they show, in order."""
+    for (packets, first), (_, end) in pairwise([*groups, ([], len(times))]):
+        number = {times[i]: i for i in range(first, end)}
+        needed = {time for time, i in number.items() if i in wanted}
+        if needed:
+            last = max(i for i, packet in enumerate(packets) if packet.pts in needed)
+            packets = [p for p in packets[: last + 1] if p.pts in needed or not _unreferred(stream, p)]
+            yield packets, sorted((p.pts, number[p.pts]) for p in packets if not p.is_discard)
 
-    Stops early, at a frame that does not have the display time its index should have, where `times` are given.
+
+class Clip:
+    """The frames of `wanted`, (K, H, W, 3) uint8 `pixels`, upright; `missing` are those not yet there."""
+
+    def __init__(self, wanted: list[int]):
+        self.wanted, self.missing, self.pixels, self.size = wanted, set(wanted), None, None
+        self.reformatter = av.video.reformatter.VideoReformatter()
+
+    def add(self, frame, index: int) -> None:
+        self.size = self.size or (frame.width, frame.height)
+        if index not in self.missing:
+            return
+        frame_ = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1)
+        plane = frame_.planes[0]
+        image = np.ndarray((frame_.height, frame_.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+        image = np.rot90(image, frame.rotation // 90)
+        if self.pixels is None:
+            self.pixels = np.empty((len(self.wanted), *image.shape), np.uint8)
+        self.pixels[[i == index for i in self.wanted]] = image
+        self.missing.remove(index)
+
+
+def _decode(stream, packets, shows: list[tuple[int, int]] | None, clip: Clip) -> int:
+    """Decode packets until no frame is missing; returns the number of frames seen.
+
+    Stops early, at a frame that does not have the display time its place should have, where `shows` is given.
     """
-    frames, reformatter, size = {}, av.video.reformatter.VideoReformatter(), None
+    seen = 0
     for packet in [*packets, None]:  # None flushes the decoder
         for frame in stream.codec_context.decode(packet):
-            if times and (index >= len(times) or frame.pts != times[index]):
-                return {}, index
-            size = size or (frame.width, frame.height)
-            if index in wanted:
-                image = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
-                frames[index] = np.rot90(image, frame.rotation // 90)
-            index += 1
-            if len(frames) == len(wanted):
-                return frames, index
-    return frames, index
+            if shows and (seen >= len(shows) or frame.pts != shows[seen][0]):
+                return seen
+            clip.add(frame, shows[seen][1] if shows else seen)
+            seen += 1
+            if not clip.missing:
+                return seen
+    return seen
 
 
 # ----------------------------------------------------------------------------------------- frame index rules
@@ -729,6 +818,9 @@ def make_loader(dataset: Dataset, order: Order | list, workers: int, pin: bool, 
 
 
 def _begin_worker(worker: int) -> None:
+    if hasattr(ctypes.pythonapi, "mallopt"):  # glibc: memory is kept; new pages cost a fifth of the time
+        ctypes.pythonapi.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that it allows
+        ctypes.pythonapi.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # not everywhere
             signal.signal(getattr(signal, name), signal.SIG_IGN)
