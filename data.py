@@ -7,8 +7,9 @@
     python data.py prepare ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist --out ~/UCF-101-fast   # faster to sample
 
 From top to bottom: exact frames from a file (read_frames), which frames to take (sample_clip), which files belong to
-a split (read_split), augmentation, the data set and its loader, the check and the rewriting of a data set, and the generator
-of the toy data set. `check` and `prepare` exit with 0 when all is well, 1 when files are broken, 2 when something is missing.
+a split (read_split), augmentation, the data set and its loader, the check and the rewriting of a data set, and the
+generator of the toy data set. `check` and `prepare` exit with 0 when all is well, 1 when files are broken, 2 when
+something is missing.
 
 A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame index counts frames in display order from 0.
 """
@@ -262,7 +263,7 @@ def _parts(stream, groups, times: list[int], wanted: set[int]):
 
 
 class Clip:
-    """The frames of `wanted`, (K, H, W, 3) uint8 `pixels`, upright; `missing` are those not yet there."""
+    """The frames of `wanted`, (K, H, W, 3) uint8 RGB `pixels`, upright; `missing` are those not yet there."""
 
     def __init__(self, wanted: list[int]):
         self.wanted, self.missing, self.pixels, self.size = wanted, set(wanted), None, None
@@ -272,9 +273,8 @@ class Clip:
         self.size = self.size or (frame.width, frame.height)
         if index not in self.missing:
             return
-        frame_ = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1)
-        plane = frame_.planes[0]
-        image = np.ndarray((frame_.height, frame_.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+        plane = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1).planes[0]
+        image = np.ndarray((*self.size[::-1], 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
         image = np.rot90(image, frame.rotation // 90)
         if self.pixels is None:
             self.pixels = np.empty((len(self.wanted), *image.shape), np.uint8)
