@@ -111,6 +111,13 @@ def test_frames_that_nobody_needs_are_not_decoded(tmp_path, monkeypatch, name, c
         assert torch.equal(read_frames(path, wanted), whole[wanted])
 
 
+def test_a_frame_that_is_not_the_announced_one_is_noticed(tmp_path, monkeypatch):
+    path, parts = write(tmp_path / "a.mp4", bf=0, g=250), data._parts
+    without_second = lambda *args: ((packets[:1] + packets[2:], shows) for packets, shows in parts(*args))
+    monkeypatch.setattr(data, "_parts", without_second)  # as if the decoder had lost it
+    assert [number_of(frame) for frame in read_frames(path, [0, 9, 30])] == [0, 9, 30]
+
+
 def test_colours_survive(tmp_path):
     with av.open(str(tmp_path / "red.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
