@@ -4,10 +4,12 @@
     python data.py check ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist     # decode all, say what is wrong
     python data.py check hmdb51 --data ~/hmdb51 --splits ~/testTrainMulti_7030_splits --fold 2
     python data.py check own --data FOLDER --splits LIST                         # or the folder alone
+    python data.py prepare ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist --out ~/UCF-101-fast   # faster to sample
 
 From top to bottom: exact frames from a file (read_frames), which frames to take (sample_clip), which files belong to
-a split (read_split), augmentation, the data set and its loader, the check of a data set, and the generator of the toy
-data set. `check` exits with 0 when all is well, 1 when files are broken, 2 when something is missing.
+a split (read_split), augmentation, the data set and its loader, the check and the rewriting of a data set, and the
+generator of the toy data set. `check` and `prepare` exit with 0 when all is well, 1 when files are broken, 2 when
+something is missing.
 
 A clip is (T, C, H, W) uint8, torchvision's tv_tensors.Video order; a frame index counts frames in display order from 0.
 """
@@ -16,6 +18,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import multiprocessing
@@ -32,7 +35,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -40,8 +43,9 @@ import av
 import numpy as np
 import torch
 import torch.distributed as dist
+from av.bitstream import BitStreamFilterContext
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
@@ -69,20 +73,19 @@ def read_frames(path: str | Path, pick) -> Tensor:
             stream = _video_stream(container)
             packets = [packet for packet in container.demux(stream) if packet.size]
             total = sum(not packet.is_discard for packet in packets)
-            cuts, times = [], None
-            if set(container.format.name.split(",")) & TIMED and stream.codec_context.codec.id in ONE_FRAME_A_PACKET:
-                cuts, times = _clean_cuts(packets)
+            groups, times = _groups(container, stream, packets)
             while total:
                 wanted = [int(i) for i in (pick(total) if callable(pick) else pick)]
                 if not wanted or min(wanted) < 0 or max(wanted) >= total:
                     raise ValueError(f"{name}: asked for frames {wanted}, it has {total}")
-                start, first = max((cut for cut in cuts if cut[1] <= min(wanted)), default=(0, 0))
-                frames, seen = _decode(stream, packets[start:], first, set(wanted), times if cuts else None)
-                if len(frames) == len(set(wanted)):
-                    return torch.from_numpy(np.stack([frames[i] for i in wanted])).permute(0, 3, 1, 2)
-                stream.codec_context.flush_buffers()
-                if cuts:
-                    cuts = []  # a frame was not the one that the packets announced: decode from the start and count
+                clip = Clip(wanted)
+                for part, shows in _parts(stream, groups, times, clip.missing) if groups else [(packets, None)]:
+                    seen = _decode(stream, part, shows, clip)
+                    stream.codec_context.flush_buffers()
+                if not clip.missing:
+                    return torch.from_numpy(clip.pixels).permute(0, 3, 1, 2)
+                if groups:
+                    groups = []  # a frame was not the one that the packets announced: decode from the start and count
                 elif callable(pick):
                     total = seen  # some packets held no frame (usual for XviD): choose again among those there are
                 else:
@@ -103,10 +106,11 @@ if int(av.__version__.split(".")[0]) < 19:
 
 SECONDS, SECONDS_PER_MIB = 60, 10  # the longest that reading a file may take; decoders and network disks can hang
 
-# Where decoding may begin in the middle: containers whose packets carry true display times, and codecs with one shown
-# frame a packet (VP8, for one, has packets that show nothing). All others are decoded from the start and counted.
+# Where not everything need be decoded: containers whose packets carry true display times, and codecs with one shown
+# frame a packet (VP8, for one, has packets that show nothing). MPEG-4 may be anywhere, its frames say their order. All
+# others are decoded from the start and counted.
 TIMED = {"mp4", "matroska"}
-ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
+ONE_FRAME_A_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1")}
 
 
 def shown(path: str | Path) -> str:
@@ -165,13 +169,68 @@ def _video_stream(container):
     return stream
 
 
-def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
-    """Key frames that split the packets in decoding order into the same two parts as in display order.
+VOP = b"\0\0\1\xb6"  # begins a frame of MPEG-4; the next two bits are its kind, 0 that of key frames, 2 of B-frames
 
-    Returns (packet number, frames shown before it) of each, and the display times of all shown frames in order; no
-    cuts where a time is missing, where packets are out of order (some will show nothing), and where the file does not
-    begin with such a key frame.
+
+def _kind(raw: bytes) -> int:
+    return raw[raw.index(VOP) + 4] >> 6
+
+
+def _numbered(stream, packets) -> list:
+    """MPEG-4's packets, one frame in each, with the frame's number as their time; [] if not possible.
+
+    A B-frame is shown as soon as it is decoded, another one when the next of those is. XviD packs two frames in a
+    packet and none in the next, and for a frame like the one before writes a few bytes that show nothing.
     """
+    raw = [bytes(packet) for packet in packets]
+    if any(r.count(VOP) > 1 for r in raw):
+        unpack, copies = BitStreamFilterContext("mpeg4_unpack_bframes", stream), []
+        for r in raw:
+            copies.append(av.Packet(len(r)))  # FFmpeg wants zeros behind the bytes, which av.Packet(r) does not have
+            copies[-1].update(r)
+        packets = [packet for copy in copies for packet in unpack.filter(copy)]
+        raw = [bytes(packet) for packet in packets]
+    while raw and len(raw[-1]) <= 8:
+        raw.pop()  # shows nothing
+    if any(r.count(VOP) != 1 or len(r) <= 8 or r.endswith(VOP) for r in raw):
+        return []
+    kinds, order, held = [_kind(r) for r in raw], [], []
+    for number, kind in enumerate(kinds):
+        order += [number] if kind == 2 else held
+        held = held if kind == 2 else [number]
+    for place, number in enumerate(order + held):
+        packet = packets[number]
+        packet.pts, packet.dts, packet.is_keyframe = place, number, kinds[number] == 0
+    return [] if 2 in kinds[:2] else packets[: len(raw)]
+
+
+def _unreferred(raw: bytes, codec: str, width: int) -> bool:
+    """Whether no other frame builds on that of a packet; `width`: bytes of the lengths in H.264, 0: not known."""
+    if codec == "mpeg4":
+        return _kind(raw) == 2 and len(raw) > 32  # less might show nothing: left to the decoder
+    at, slices = 0, 0
+    while codec == "h264" and width and at + width < len(raw):
+        head = raw[at + width]
+        if 1 <= head & 31 <= 5:  # a slice
+            slices += 1
+            if head & 96:  # nal_ref_idc
+                return False
+        at += width + int.from_bytes(raw[at : at + width], "big")
+    return slices > 0
+
+
+def _groups(container, stream, packets) -> tuple[list[tuple[list, int]], list[int]]:
+    """Groups of packets that can be decoded without the others, each with the number of its first frame.
+
+    Each begins with a key frame, and splits the packets in decoding order as the frames in display order. Also returns
+    the display times of all shown frames in order. No groups where a time is missing or there twice, where packets are
+    out of order (some will show nothing), and where the file does not begin with such a key frame.
+    """
+    codec = stream.codec_context.codec
+    if codec.name == "mpeg4" and not any(packet.is_discard for packet in packets):
+        packets = _numbered(stream, packets)
+    elif not set(container.format.name.split(",")) & TIMED or codec.id not in ONE_FRAME_A_PACKET:
+        return [], []
     order = [packet.dts for packet in packets if packet.dts is not None]
     if any(packet.pts is None for packet in packets) or any(a > b for a, b in pairwise(order)):
         return [], []
@@ -183,27 +242,61 @@ def _clean_cuts(packets) -> tuple[list[tuple[int, int]], list[int]]:
             cuts.append((number, shown, packet.pts))
         latest, shown = max(latest, packet.pts), shown + (not packet.is_discard)
     times = sorted(packet.pts for packet in packets if not packet.is_discard)
-    return [cut[:2] for cut in cuts] if cuts and cuts[0][0] == 0 else [], times
+    if not cuts or cuts[0][0] or len(set(times)) < len(times):
+        return [], []
+    ends = [*(cut[0] for cut in cuts[1:]), len(packets)]
+    return [(packets[begin:end], first) for (begin, first, _), end in zip(cuts, ends, strict=True)], times
 
 
-def _decode(stream, packets, index: int, wanted: set[int], times: list[int] | None):
-    """Decode until every wanted frame is there: {index: (H, W, 3) uint8}, and the index after the last frame seen.
+def _parts(stream, groups, times: list[int], wanted: set[int]):
+    """What must be decoded for the wanted frames: packets that can be decoded by themselves, and the (time, number) of
+    every frame that they show, in order."""
+    codec, about = stream.codec_context.name, stream.codec_context.extradata or b"\0"
+    width = (about[4] & 3) + 1 if about[0] == 1 and len(about) > 4 else 0
+    for (packets, first), (_, end) in pairwise([*groups, ([], len(times))]):
+        number = {times[i]: i for i in range(first, end)}
+        needed = {time for time, i in number.items() if i in wanted}
+        if needed:
+            last = max(i for i, packet in enumerate(packets) if packet.pts in needed)
+            packets = [p for p in packets[: last + 1] if p.pts in needed or not _unreferred(bytes(p), codec, width)]
+            yield packets, sorted((p.pts, number[p.pts]) for p in packets if not p.is_discard)
 
-    Stops early, at a frame that does not have the display time its index should have, where `times` are given.
+
+class Clip:
+    """The frames of `wanted`, (K, H, W, 3) uint8 RGB `pixels`, upright; `missing` are those not yet there."""
+
+    def __init__(self, wanted: list[int]):
+        self.wanted, self.missing, self.pixels, self.size = wanted, set(wanted), None, None
+        self.reformatter = av.video.reformatter.VideoReformatter()
+
+    def add(self, frame, index: int) -> None:
+        self.size = self.size or (frame.width, frame.height)
+        if index not in self.missing:
+            return
+        plane = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1).planes[0]
+        image = np.ndarray((*self.size[::-1], 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+        image = np.rot90(image, frame.rotation // 90)
+        if self.pixels is None:
+            self.pixels = np.empty((len(self.wanted), *image.shape), np.uint8)
+        self.pixels[[i == index for i in self.wanted]] = image
+        self.missing.remove(index)
+
+
+def _decode(stream, packets, shows: list[tuple[int, int]] | None, clip: Clip) -> int:
+    """Decode packets until no frame is missing; returns the number of frames seen.
+
+    Stops early, at a frame that does not have the display time its place should have, where `shows` is given.
     """
-    frames, reformatter, size = {}, av.video.reformatter.VideoReformatter(), None
+    seen = 0
     for packet in [*packets, None]:  # None flushes the decoder
         for frame in stream.codec_context.decode(packet):
-            if times and (index >= len(times) or frame.pts != times[index]):
-                return {}, index
-            size = size or (frame.width, frame.height)
-            if index in wanted:
-                image = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
-                frames[index] = np.rot90(image, frame.rotation // 90)
-            index += 1
-            if len(frames) == len(wanted):
-                return frames, index
-    return frames, index
+            if shows and (seen >= len(shows) or frame.pts != shows[seen][0]):
+                return seen
+            clip.add(frame, shows[seen][1] if shows else seen)
+            seen += 1
+            if not clip.missing:
+                return seen
+    return seen
 
 
 # ----------------------------------------------------------------------------------------- frame index rules
@@ -583,7 +676,10 @@ def collate(items) -> tuple[Tensor | None, Tensor, dict[str, str]]:
     unreadable = {path: error for part in parts for path, error in part.items()}
     if any(clip is None for clip in clips):
         return None, torch.tensor(labels), unreadable
-    return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), unreadable
+    # Channels last, as the decoder leaves them, and as a worker straight into shared memory: half of the copies.
+    rows = default_collate([clip.movedim(2, -1) for clip in clips])
+    clips = rows.flatten(0, 1).movedim(-1, 2)
+    return clips, torch.tensor(labels).repeat_interleave(clips.shape[0] // len(items)), unreadable
 
 
 def note_unreadable(bad: dict[str, str], unreadable: dict[str, str], clips: Tensor | None, total: int) -> None:
@@ -729,6 +825,9 @@ def make_loader(dataset: Dataset, order: Order | list, workers: int, pin: bool, 
 
 
 def _begin_worker(worker: int) -> None:
+    if hasattr(ctypes.pythonapi, "mallopt"):  # glibc: memory is kept; new pages cost a fifth of the time
+        ctypes.pythonapi.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that it allows
+        ctypes.pythonapi.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # not everywhere
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -789,12 +888,12 @@ class Probe:
         return f"{self.damaged} of {self.frames} frames are damaged" if self.damaged else ""
 
 
-def probe(path: str | Path) -> Probe:
-    """Decode a whole file from its start, in constant memory, and count the frames as read_frames does.
+def played(path: str | Path, found: Probe):
+    """Yield all frames of a file, from its start, in constant memory, as read_frames counts them; fills in `found`.
 
     Raises ValueError, with the path, for a file of which nothing or not everything can be decoded.
     """
-    found, name = Probe(), shown(path)
+    name = shown(path)
     try:
         with _open(path) as container:
             stream = _video_stream(container)
@@ -806,11 +905,19 @@ def probe(path: str | Path) -> Probe:
                 for frame in stream.codec_context.decode(packet):
                     found.frames += 1
                     found.damaged += frame.is_corrupt
+                    yield frame
     except (av.FFmpegError, OSError) as error:
         after = f" after {found.frames} frames" if found.frames else ""
         raise ValueError(f"{name}: {error.strerror or error}{after}") from error
     if not found.frames:
         raise ValueError(f"{name}: no frame could be decoded")
+
+
+def probe(path: str | Path) -> Probe:
+    """Decode a whole file and count its frames; ValueError as of played."""
+    found = Probe()
+    for _ in played(path, found):
+        pass
     return found
 
 
@@ -909,6 +1016,24 @@ def _explain_missing(kind: str, data: Path, missing: list[Path], total: int) -> 
     return f"{error}\n{SOURCES[kind]}"
 
 
+def _find_data(dataset: str, data: Path, splits: Path | None) -> Path | None:
+    """Where the lists of a data set are; ValueError, with what to do about it, if they or its folder are missing."""
+    if dataset not in LISTS:
+        return splits
+    if not data.is_dir():
+        raise ValueError(f"no folder {data}: --data must name the folder that holds the videos\n{SOURCES[dataset]}")
+    return _find_lists(dataset, data, splits)
+
+
+def _present(dataset: str, data: Path, *parts: Split) -> list[Path]:
+    """All videos of some parts, each once; ValueError, with what to do about it, if one is missing."""
+    paths = list(dict.fromkeys(path for part in parts for path in part.paths))
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(_explain_missing(dataset, data, missing, len(paths)))
+    return paths
+
+
 def check(dataset: str, data: str | Path, splits: str | Path | None, fold: int, workers: int) -> int:
     """Decode every video of both parts of a data set with `workers` processes; print what is there and what is broken.
 
@@ -918,15 +1043,9 @@ def check(dataset: str, data: str | Path, splits: str | Path | None, fold: int, 
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
     data, splits = Path(data).expanduser(), Path(splits).expanduser() if splits else None
-    if dataset in LISTS:
-        if not data.is_dir():
-            raise ValueError(f"no folder {data}: --data must name the folder that holds the videos\n{SOURCES[dataset]}")
-        splits = _find_lists(dataset, data, splits)
+    splits = _find_data(dataset, data, splits)
     train, test = (_listed(data, splits, fold, part) for part in (True, False))
-    paths = list(dict.fromkeys(train.paths + test.paths))
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(_explain_missing(dataset, data, missing, len(paths)))
+    paths = _present(dataset, data, train, test)
     test_part = "no test part" if test == train else f"{len(test.paths)} test videos"
     print(f"{len(train.paths)} training videos, {test_part}, {len(train.classes)} classes", flush=True)
     official = {"ucf101": 101, "hmdb51": 51}.get(dataset, len(train.classes))
@@ -965,6 +1084,138 @@ def _describe(probes: list[Probe], stride: int) -> None:
     short, tiny = sum(fitting_stride(n, 16, stride) < stride for n in counts), sum(n < 16 for n in counts)
     rule = f": they get a smaller stride; {tiny} of them, with fewer than 16, repeat the last frame" if short else ""
     print(f"{short} are too short for a clip of 16 frames, {stride} apart{rule}")
+
+
+# ---------------------------------------------------------------------------------------- prepare a data set
+
+# MPEG-4 with a key frame every 12 frames and fixed quantiser 4: of 30 settings of x264, MPEG-4 and MJPEG the fastest to
+# sample at 37 to 39 dB. LEAST is what a rewritten file must reach, over all its pixels.
+CODEC, LEAST = ("mpeg4", {"g": "12", "qmin": "4", "qmax": "4"}), 30
+
+
+def upright(frame, size: tuple[int, int], reformatter) -> np.ndarray:
+    """A decoded frame, brought to size (width, height) as stored, then turned: (H, W, 3) uint8 RGB."""
+    image = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+    return np.rot90(image, frame.rotation // 90)
+
+
+def rewrite(source: str | Path, target: str | Path, short_side: int | None) -> float:
+    """Write all frames of a video to `target`, upright, for fast sampling; returns their PSNR in dB.
+
+    Shrinks to `short_side` pixels where that is less, and sides to even numbers. There is no sound. Raises ValueError,
+    with the path of `source`, where it is broken, or where the frames of `target` are not as many and alike.
+    """
+    found, again, size, codec = Probe(), Probe(), None, av.video.reformatter.VideoReformatter()
+    with av.open(f"file:{target}", "w", format="mp4") as container:
+        for number, frame in enumerate(played(source, found)):
+            if not number:
+                share = min(1, (short_side or math.inf) / min(frame.width, frame.height))
+                size = [max(int(side * share) // 2 * 2, 2) for side in (frame.width, frame.height)]
+                stream = container.add_stream(CODEC[0], rate=round(min(max(found.rate, 1), 240)), options=CODEC[1])
+                stream.codec_context.thread_count = 1
+            image = upright(frame, size, codec)
+            if not number:
+                stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    if found.problem:
+        raise ValueError(f"{shown(source)}: {found.problem}")
+    error = 0.0
+    for a, b in zip_longest(played(source, Probe()), played(target, again)):
+        a = upright(a, size, codec) if a else np.zeros(0)
+        b = b.to_ndarray(format="rgb24") if b else np.zeros(1)
+        error += np.square(a.astype(np.float32) - b).mean() / found.frames if a.shape == b.shape else math.inf
+    quality = -10 * math.log10(max(error, 1e-3) / 255**2)
+    if again.frames != found.frames or not quality >= LEAST:
+        same = f"{again.frames} of {found.frames} frames, PSNR {quality:.1f} dB"
+        raise ValueError(f"{shown(source)}: not the same when rewritten: {same}")
+    return quality
+
+
+def _rewrite(job: tuple) -> float | str:
+    source, part, target, short_side = job
+    try:
+        quality = rewrite(source, part, short_side)
+        os.replace(part, target)
+        return quality
+    except (ValueError, OSError, av.FFmpegError) as error:
+        return str(error).removeprefix(f"{shown(source)}: ")
+
+
+def prepare(
+    dataset: str, data: str | Path, splits: str | Path | None, out: str | Path, short_side: int | None, workers: int
+) -> int:
+    """Rewrite every video of a data set to folder `out`, for fast sampling, under the same names; see rewrite.
+
+    Official lists count with all of their folds. A second run goes on where the first one stopped: out/prepared.jsonl
+    holds a line a video, with size and time of its source. Files have their final name when they are complete and
+    checked. Returns 0, or 1 where files are broken and left out. Raises ValueError as check does.
+    """
+    if workers < 1 or (short_side or 2) < 2:
+        raise ValueError(f"--workers {workers} must be at least 1, --short-side {short_side} at least 2")
+    data, splits, out = Path(data).expanduser(), Path(splits).expanduser() if splits else None, Path(out).expanduser()
+    if out.resolve().is_relative_to(data.resolve()) or data.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out} must be another folder than --data {data}, and neither in the other")
+    splits = _find_data(dataset, data, splits)
+    folds = [fold for fold in (2, 3) if splits and any(splits.glob(f"*[0t]{fold}.txt"))]  # trainlist02, _test_split2
+    paths = _present(dataset, data, *(_listed(data, splits, n, part) for n in (1, *folds) for part in (True, False)))
+    names = [Path(os.path.normpath(os.path.relpath(path, data))) for path in paths]
+    listed = _lines(splits).values() if splits and splits.is_file() else ()
+    outside = [line for line in listed if os.path.isabs(line)] + [name for name in names if name.parts[0] == ".."]
+    if outside:
+        raise ValueError(f"{shown(outside[0])} is listed from outside of --data: list paths relative to it")
+
+    record, temporary, done, jobs = out / "prepared.jsonl", out / "prepared.tmp", {}, {}
+    if out.is_dir() and any(out.iterdir()) and not record.exists():
+        raise ValueError(f"--out {out} holds other files: name an empty or a new folder")
+    with contextlib.suppress(FileNotFoundError):
+        for line in record.read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short
+                entry = json.loads(line)
+                done[entry.pop("name")] = entry
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        about, target = os.stat(path), out / name
+        stamp = dict(bytes=about.st_size, time=about.st_mtime_ns, how=[*CODEC, short_side])
+        stamp["out"] = target.stat().st_size if os.path.isfile(target) else None
+        if done.get(str(name)) != stamp:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.resolve().is_relative_to(out.resolve()):
+                raise ValueError(f"{shown(target.parent)} leads out of {out}: remove that link")
+            jobs[path, temporary / str(number), target, short_side] = str(name), stamp
+    print(f"{len(paths)} videos, {len(paths) - len(jobs)} of them are prepared already", flush=True)
+    begin, problems, quality = time.monotonic(), {}, []
+    results = in_processes(_rewrite, list(jobs), workers, lambda job: 5 * seconds_for(job[0]))
+    try:
+        with open(record, "a") as file:
+            file.write("\n")  # ends a line that was cut short
+            for job, result in tqdm(results, "rewriting", len(jobs), unit="video"):
+                (path, _, target, _), (name, stamp) = job, jobs[job]
+                if isinstance(result, str):
+                    problems[path] = result
+                    target.unlink(missing_ok=True)  # of an earlier source
+                    continue
+                quality.append(result)
+                file.write(json.dumps(dict(stamp, name=name, out=target.stat().st_size)) + "\n")
+                file.flush()
+    finally:
+        results.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path, problem in problems.items():
+        print(f"left out: {shown(path)}: {problem}")
+    if splits and splits.is_dir() and splits.is_relative_to(data):
+        splits = shutil.copytree(splits, out / splits.relative_to(data), dirs_exist_ok=True)
+    good = [(path, out / name) for path, name in zip(paths, names, strict=True) if path not in problems]
+    before, after = (sum(pair[i].stat().st_size for pair in good) / 1e6 for i in (0, 1))
+    count, seconds = len(jobs) - len(problems), time.monotonic() - begin
+    print(f"{count} videos rewritten in {seconds:.0f} s with {workers} processes, {len(problems)} left out")
+    psnr = f", PSNR {min(quality):.1f} dB or more, median {sorted(quality)[count // 2]:.1f}" if quality else ""
+    print(f"{before:.1f} MB became {after:.1f} MB{psnr}")
+    where = ["--data", str(out), *(["--splits", str(splits)] if splits else [])]
+    print("next:", shlex.join(["python", "pretrain.py", *([dataset] if dataset in LISTS else []), *where]))
+    return int(bool(problems))
 
 
 # ------------------------------------------------------------------------------------------- the toy data set
@@ -1062,14 +1313,18 @@ def main() -> None:
     test.add_argument("--splits", help="folder of official split files, or a list of lines `path [label]`")
     test.add_argument("--fold", type=int, default=1, help="official split, 1 to 3 (default: %(default)s)")
     test.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores, %(default)s)")
+    new = commands.add_parser("prepare", help="rewrite every video of a data set once, so that clips are read faster")
+    new.add_argument("dataset", choices=CHECKED, help="own: any folder of videos, or a list")
+    new.add_argument("--data", required=True, help="folder of the videos; stays as it is")
+    new.add_argument("--splits", help="folder of official split files, or a list of lines `path [label]`")
+    new.add_argument("--out", required=True, help="folder to write; names in it are those in --data, lists stay valid")
+    new.add_argument("--short-side", type=int, help="pixels to shrink the shorter side to (default: sizes stay)")
+    new.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: the cores, %(default)s)")
     args = vars(parser.parse_args())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        if args.pop("command") == "toy":
-            make_toy(**args)
-        else:
-            sys.exit(check(**args))
+        sys.exit({"toy": make_toy, "check": check, "prepare": prepare}[args.pop("command")](**args))
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 

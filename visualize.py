@@ -17,6 +17,7 @@ import csv
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -194,6 +195,7 @@ class Log:
     def __init__(self, path: Path, start: int, total: int, on: bool):
         self.path, self.on, self.bar = path, on, tqdm(initial=start, total=total, unit="step", disable=not on)
         self.step, self.time, self.waited = start, time.time(), 0.0  # of the last line; seconds without data since
+        self.lines, self.seconds, self.without, self.workers = 0, 0.0, 0.0, 0  # sums over all lines; loader processes
         if on:
             path.parent.mkdir(parents=True, exist_ok=True)
             old = path.read_text().splitlines() if start and path.exists() else []
@@ -225,12 +227,30 @@ class Log:
             unreadable=len(progress["unreadable"]), skipped=len(progress["skipped"]),
             clips_per_s=(done - self.step) * clips / seconds, waiting_for_data=self.waited / seconds,
         )  # fmt: skip
+        early = self.seconds < 60 and self.lines < 20
+        self.lines, self.seconds, self.without = self.lines + 1, self.seconds + seconds, self.without + self.waited
+        self.workers = max(self.workers, len(multiprocessing.active_children()))  # they end before the last line
+        if self.on and early and (self.seconds >= 60 or self.lines == 20):
+            tqdm.write(self.bottleneck())
         self.step, self.time, self.waited = done, time.time(), 0.0
         progress["loss"], progress["taken"] = 0.0, 0
 
+    def bottleneck(self) -> str:
+        """One line: whether videos or computing take the time, by the lines so far, and what would change that."""
+        share, cores = self.without / max(self.seconds, 1e-9), os.cpu_count()
+        if share < 0.05:
+            return f"compute-bound: {share:.0%} of the time was spent waiting for videos"
+        more = f"raise --workers (now {self.workers}, of {cores} cores)"
+        if not self.workers:
+            more = f"reading counts as waiting with --workers 0: raise it if any of the {cores} cores is free"
+        cheaper = "or rewrite the videos once with `python data.py prepare`"
+        return f"data: {share:.0%} of the time was spent waiting for videos; {more}, {cheaper}"
+
     def close(self, progress: dict, stop: int, done: int) -> None:
-        """Say what was left out, and which signal stopped the run after step `done` (0: none)."""
+        """Say what was left out, what took the time, and which signal stopped the run after step `done` (0: none)."""
         self.bar.close()
+        if self.on and self.lines:
+            print(self.bottleneck())
         if self.on:
             for error in progress["unreadable"].values():
                 print(f"left out, unreadable: {error}")

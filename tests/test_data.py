@@ -76,6 +76,48 @@ def test_the_frames_asked_for_are_the_frames_delivered(tmp_path, name, codec, op
         assert [number_of(frame) for frame in frames] == wanted
 
 
+@pytest.mark.parametrize(
+    "name, codec, options, most",
+    [
+        ("long.mp4", "libx264", dict(g=250, bf=3, sc_threshold=0), (32, 60)),
+        ("short.mkv", "libx264", dict(g=12, bf=0, sc_threshold=0), (45, 13)),
+        ("pyramid.mp4", "libx264", {"x264-params": "keyint=60:bframes=5:b-pyramid=strict:scenecut=0"}, (40, 60)),
+        ("slices.mkv", "libx264", {"x264-params": "slices=4:keyint=30:bframes=3:scenecut=0"}, (35, 35)),
+        ("xvid.avi", "mpeg4", dict(g=250, bf=2), (35, 60)),
+        ("xvid-short.avi", "mpeg4", dict(g=12, bf=1), (38, 20)),
+        ("xvid.mkv", "mpeg4", dict(g=30, bf=2), (35, 35)),
+        ("hevc.mkv", "libx265", {"x265-params": "keyint=12:bframes=3:open-gop=0:scenecut=0:log-level=none"}, (60, 20)),
+        ("vp9.webm", "libvpx-vp9", dict(g=12, speed=8), (60, 25)),
+    ],
+)  # fmt: skip
+def test_frames_that_nobody_needs_are_not_decoded(tmp_path, monkeypatch, name, codec, options, most):
+    """Of 60; a clip with a stride, and the first and the last frame. What is delivered is what a full decode gives."""
+    path, sent, decode = write(tmp_path / name, codec, **options), [], data._decode
+
+    def spy(stream, packets, shows, clip):
+        assert shows is not None  # never counted from the start
+        sent.append(len(packets))
+        return decode(stream, packets, shows, clip)
+
+    with av.open(str(path)) as container:
+        whole = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    whole, rng = torch.stack(whole).permute(0, 3, 1, 2), random.Random(0)
+    monkeypatch.setattr(data, "_decode", spy)
+    for wanted, limit in (([*range(1, 44, 4)], most[0]), ([0, 59], most[1])):
+        assert torch.equal(read_frames(path, wanted), whole[wanted]) and sum(sent) <= limit, sent
+        sent.clear()
+    for _ in range(15):
+        wanted = [rng.randrange(60) for _ in range(rng.choice((1, 2, 6)))]
+        assert torch.equal(read_frames(path, wanted), whole[wanted])
+
+
+def test_a_frame_that_is_not_the_announced_one_is_noticed(tmp_path, monkeypatch):
+    path, parts = write(tmp_path / "a.mp4", bf=0, g=250), data._parts
+    twice = lambda *args: ((packets[:1] + packets, shows) for packets, shows in parts(*args))
+    monkeypatch.setattr(data, "_parts", twice)  # as if a packet showed two frames
+    assert [number_of(frame) for frame in read_frames(path, [0, 9, 30])] == [0, 9, 30]
+
+
 def test_colours_survive(tmp_path):
     with av.open(str(tmp_path / "red.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)

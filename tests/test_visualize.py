@@ -142,6 +142,29 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     assert not (tmp_path / "c.png").exists()
 
 
+def test_the_log_says_what_takes_the_time(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(visualize.os, "cpu_count", lambda: 16)
+
+    def run(workers: int, waited: float, lines: int) -> list[str]:
+        monkeypatch.setattr(visualize.multiprocessing, "active_children", lambda: [None] * workers)
+        log = visualize.Log(tmp_path / "log.jsonl", 0, 100, on=True)
+        progress = dict(loss=0.0, taken=0, unreadable={}, skipped=[])
+        for line in range(1, lines + 1):
+            log.time, log.waited = visualize.time.time() - 1, waited  # a second a line
+            log.report(progress, line, 1.0, 0.1, 1)
+        early = capfd.readouterr().out.splitlines()
+        log.close(progress, 0, lines)
+        assert early == [] if lines < 20 else len(early) == 1
+        return [*early, capfd.readouterr().out.splitlines()[0]]
+
+    assert run(2, 0.43, 5) == [
+        "data: 43% of the time was spent waiting for videos; raise --workers (now 2, of 16 cores), "
+        "or rewrite the videos once with `python data.py prepare`"
+    ]
+    assert "reading counts as waiting with --workers 0: raise it if any of the 16 cores is free" in run(0, 0.43, 5)[0]
+    assert run(2, 0.01, 25) == ["compute-bound: 1% of the time was spent waiting for videos"] * 2
+
+
 def test_curves_of_both_stages(tmp_path, drawn):
     lines = [{"predict_nothing": 1.0}, *({"step": i, "loss": 1 / i, "lr": i} for i in range(1, 9))]
     log = tmp_path / "log.jsonl"

@@ -135,6 +135,25 @@ def without_first(packets: list) -> list:
     return packets[1:]
 
 
+def packed(packets: list) -> list:
+    """As XviD packs: a B-frame behind the frame before it, and in its place a frame that is not coded."""
+    vop, out = b"\0\0\1\xb6", []
+    for packet in packets:
+        raw = bytes(packet)
+        at = raw.index(vop)
+        if not out:  # says that it is packed
+            raw = raw[:at] + b"\0\0\1\xb2DivX503b1393p" + raw[at:]
+        if raw[at + 4] >> 6 == 2 and out[-1].count(vop) == 1:
+            out[-1], raw = out[-1] + raw, vop + b"\x51\xc0\x7f"
+        out.append(raw)
+    for i, (packet, raw) in enumerate(zip(packets, out, strict=True)):
+        new = av.Packet(len(raw))
+        new.update(raw)
+        new.pts, new.dts, new.time_base, new.is_keyframe = i, i, packet.time_base, packet.is_keyframe
+        packets[i] = new
+    return packets
+
+
 def announcing(path: Path, frames: int) -> None:
     """An AVI whose two headers announce another number of frames."""
     raw = bytearray(whole(path, codec="mpeg4").read_bytes())
@@ -233,9 +252,11 @@ ZOO = {
     "h264.mp4": video("nothing: one of the usual kinds", "libx264", g=8, bf=2),
     "one-key-frame.mkv": video("a key frame at the start only", "libx264", g=250, bf=2),
     "open-groups.mkv": video("frames that need the key frame after them", "libx264", **OPEN_GOP),
-    "xvid.avi": video("packets that hold two frames or none", "mpeg4", g=8, bf=2),
+    "xvid.avi": video("frames that are not shown in the order of their packets", "mpeg4", g=8, bf=2),
     "hevc-10-bit.mkv": video("10 bits, HEVC", "libx265", pix_fmt="yuv420p10le",
                              **{"x265-params": "keyint=8:bframes=3:log-level=none"}),
+    "packed.avi": Animal("packets that hold two frames or none, as XviD writes them",
+                         partial(changed, change=packed, codec="mpeg4", bf=1), list(range(20))),
     "vp8.webm": video("packets that show nothing", "libvpx", **{"auto-alt-ref": 1, "lag-in-frames": 16}),
     "vp9.webm": video("VP9", "libvpx-vp9", g=8, speed=8),
     "av1.mkv": video("AV1", "libsvtav1", preset=12),
