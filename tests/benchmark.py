@@ -309,6 +309,11 @@ def flops(work: Work) -> tuple[int, int]:
     return count_flops(replace(work, precision="fp32", mode="eager", batch=1, processes=1, threads=1, device="cpu"))
 
 
+def utilisation(count: float, ms: float, peak: float) -> float:
+    """Percent of a peak of FLOP/s that `count` FLOPs in `ms` milliseconds are."""
+    return 100 * count / (ms / 1e3) / peak
+
+
 def matmul_peak(work: Work) -> float:
     """FLOP/s: the best of some square matrix products in the precision and on the threads (GPUs) of a work."""
     torch.set_num_threads(work.threads * work.processes if work.device == "cpu" else 1)
@@ -351,7 +356,7 @@ def keep(args, rows: list[dict], keys: tuple[str, ...], **more) -> list[dict]:
     how = dict(
         date=time.strftime("%Y-%m-%d"), flags={k: v for k, v in vars(args).items() if k not in ("out", "videos")}
     )
-    merged = kept + [row | how for row in rows]
+    merged = kept + [how | row for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(machine=about, **more, rows=merged), indent=1) + "\n")
     return merged
@@ -389,7 +394,7 @@ def steps(args) -> None:
                 row = asdict(work) | dict(gflops_per_clip=count / 1e9, peak_gflops=peak / 1e9)
                 for name, found in (("ours", ours), ("hf", theirs)):
                     row |= {f"{name}_{key}": value for key, value in found.items()}
-                    row[f"{name}_utilisation"] = 100 * count * work.batch / found["ms"] * 1e3 / peak
+                    row[f"{name}_utilisation"] = utilisation(count * work.batch, found["ms"], peak)
                 row["hf_over_ours"] = ratio(ours["rounds_ms"], theirs["rounds_ms"])
                 row["hf_over_ours_mb"] = row["hf_mb"] / row["ours_mb"]
                 rows.append(row)
@@ -597,12 +602,13 @@ FACTORS = {
 }  # fmt: skip
 
 
-def activations(work: Work) -> float:
-    """Floats that a step must keep in a process, in token-widths: over all blocks, tokens x width."""
+def sizes_of(work: Work) -> dict[str, float]:
+    """What a step must keep in a process: `activations`, over all blocks tokens x width, and predicted `values`."""
     s, spots, slots = SIZES[work.size], (work.resolution // 16) ** 2, work.frames // 2
-    visible = slots * (spots - int(work.ratio * spots + 1e-6))
-    blocks = visible * s["dim"] * s["depth"] + slots * spots * s["decoder_dim"] * work.decoder_depth
-    return work.batch / work.processes * blocks
+    clips, masked = work.batch / work.processes, slots * int(work.ratio * spots + 1e-6)
+    tokens = slots * spots
+    blocks = (tokens - masked) * s["dim"] * s["depth"] + tokens * s["decoder_dim"] * work.decoder_depth
+    return dict(activations=clips * blocks, values=clips * masked * 1536)
 
 
 def fit(features: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -620,10 +626,10 @@ def fit(features: np.ndarray, values: np.ndarray) -> np.ndarray:
 def fit_scale(rows: list[dict]) -> dict:
     """The laws of time and memory, fitted to the points of one process; adds ms_fit and mb_fit to all but `processes`.
 
-    ms of a step = constant + FLOPs x a + parameters x b; MB = constant + parameters x a + activations x b.
+    ms of a step = constant + FLOPs x a + parameters x b; MB the same of parameters, activations and values.
     """
     laws, rows = {}, [row for row in rows if row["factor"] != "processes"]
-    for value, keys in (("ms", ("step_flops", "parameters")), ("mb", ("parameters", "activations"))):
+    for value, keys in (("ms", ("step_flops", "parameters")), ("mb", ("parameters", "activations", "values"))):
         features = np.array([[1, *(row[key] for key in keys)] for row in rows], dtype=float)
         values = np.array([row[value] for row in rows])
         coefficients = fit(features, values)
@@ -659,32 +665,31 @@ def plot_scale(rows: list[dict], path: Path) -> None:
 
 def scale(args) -> None:
     """Rows of `scale`: our pre-training step, one factor at a time around small, 16x224x224, 90 %, decoder depth 4."""
-    precision, rows, keys = (
-        "bf16" if args.device == "cuda" else "fp32",
-        [],
-        ("factor", "factor_value", "batch", "device"),
-    )
+    rows, keys = [], ("factor", "factor_value", "batch", "device")
     for factor in args.factors:
         values = tuple(args.sizes) if factor == "size" else FACTORS[factor]
         if factor == "processes" and args.device == "cuda":
             values = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()]
-        works = []
-        for value in values:
-            work = replace(work_of(args, precision=precision, decoder_depth=4, processes=1), **{factor: value})
-            works.append(replace(work, threads=1) if factor == "processes" else work)
+        basic = work_of(args, precision="bf16" if args.device == "cuda" else "fp32", decoder_depth=4, processes=1)
+        basic = replace(basic, threads=1) if factor == "processes" else basic
+        works = [replace(basic, **{factor: value}) for value in values]
         found = compare([(work, "ours") for work in works], args.rounds, args.steps, same=False)
+        peak = matmul_peak(basic)
         for value, work, cost in zip(values, works, found, strict=True):
             count, parameters = flops(work)
-            row = asdict(work) | cost | dict(factor=factor, factor_value=value, ms_per_clip=cost["ms"] / work.batch)
-            row |= dict(gflops_per_clip=count / 1e9, step_flops=count * work.batch, parameters=parameters)
-            rows.append(row | dict(activations=activations(work)))
+            row = asdict(work) | cost | sizes_of(work) | dict(factor=factor, factor_value=value, parameters=parameters)
+            row |= dict(gflops_per_clip=count / 1e9, step_flops=count * work.batch, peak_gflops=peak / 1e9)
+            row |= dict(
+                ms_per_clip=cost["ms"] / work.batch, utilisation=utilisation(count * work.batch, cost["ms"], peak)
+            )
+            rows.append(row)
         merged = keep(args, rows, keys)
     laws = fit_scale(merged)
     merged = keep(args, merged, keys, laws=laws)
     columns = {
         "factor": ("factor", ""), "value": ("factor_value", ""), "GFLOP a clip": ("gflops_per_clip", ".0f"),
-        "ms a clip": ("ms_per_clip", ".0f"), "ms a step": ("ms", ".0f"), "fit": ("ms_fit", ".0f"),
-        "MB": ("mb", ".0f"), "fit ": ("mb_fit", ".0f"),
+        "ms a clip": ("ms_per_clip", ".0f"), "% of peak": ("utilisation", ".0f"), "ms a step": ("ms", ".0f"),
+        "fit": ("ms_fit", ".0f"), "MB": ("mb", ".0f"), "fit ": ("mb_fit", ".0f"),
     }  # fmt: skip
     table(columns, merged)
     t, m = laws["ms"], laws["mb"]
@@ -692,7 +697,8 @@ def scale(args) -> None:
         f"\nms of a step = {t['constant']:.0f} + {1e9 * t['step_flops']:.3g} a GFLOP + {1e6 * t['parameters']:.3g} a "
         f"million parameters: off by {t['median_error']:.0%} (median), at most {t['largest_error']:.0%}\n"
         f"MB = {m['constant']:.0f} + {2**20 * m['parameters']:.1f} bytes a parameter + {2**20 * m['activations']:.0f} "
-        f"bytes a token, block and width: off by {m['median_error']:.0%} (median), at most {m['largest_error']:.0%}"
+        f"bytes a token, block and width + {2**20 * m['values']:.1f} bytes a predicted value: "
+        f"off by {m['median_error']:.0%} (median), at most {m['largest_error']:.0%}"
     )
     plot_scale(merged, args.out / "scale.png")
 
