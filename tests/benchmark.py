@@ -8,9 +8,11 @@
     python tests/benchmark.py all                      # all of it, one after the other
 
 Each prints a table and writes OUT/COMMAND.json (default tests/reference); what is there from the same machine and
-versions stays, so that a table can be made in pieces: --sizes base --modes compiled is one. On 2 CPU cores an eager
-row takes half a minute (small) to two (base), a compiled one two minutes more, loader two minutes, a factor of scale
-one or two. Needs transformers; decord and torchcodec are "not installed" without. Works on CPU and on GPUs.
+versions stays, so that a table can be made in pieces: --sizes base --modes compiled is one. On 2 idle CPU cores an
+eager row takes a minute (small) to three (base), a compiled one two minutes more, loader two minutes, a factor of scale
+one or two. Needs transformers; decord and torchcodec (with FFmpeg's libraries) only for their rows. On CPU (Linux) and
+on GPUs; --processes N trains on N of them, or in N processes with a share of the threads each, by DDP. Expect ours to
+be no slower than Hugging Face's and to take less memory, and the loader to be close to decoding alone.
 
 How: each contender is a process of its own (so memory is its own), has the same weights, inputs, autocast and fused
 AdamW, and is checked to give the same loss and predictions. After a warm-up they are asked in turn, A B B A ..., for a
@@ -27,6 +29,7 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -353,9 +356,8 @@ def keep(args, rows: list[dict], keys: tuple[str, ...], **more) -> list[dict]:
     identity = lambda row: [row.get(key) for key in keys]
     new = [identity(row) for row in rows]
     kept = [row for row in old.get("rows", []) if old["machine"] == about and identity(row) not in new]
-    how = dict(
-        date=time.strftime("%Y-%m-%d"), flags={k: v for k, v in vars(args).items() if k not in ("out", "videos")}
-    )
+    flags = {key: value for key, value in vars(args).items() if key not in ("out", "videos")}
+    how = dict(date=time.strftime("%Y-%m-%d"), flags=flags)
     merged = kept + [how | row for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(machine=about, **more, rows=merged), indent=1) + "\n")
@@ -384,27 +386,25 @@ def work_of(args, **changes) -> Work:
 def steps(args) -> None:
     """Rows of `step` or `finetune`: ours beside Hugging Face's."""
     rows, keys = [], ("size", "precision", "mode", "batch", "processes", "threads", "checkpointing", "device")
-    for size in args.sizes:
-        for precision in args.precisions:
-            for mode in args.modes:
-                work = work_of(args, task=args.command, size=size, precision=precision, mode=mode)
-                peak = matmul_peak(work)
-                ours, theirs = compare([(work, "ours"), (work, "hf")], args.rounds, args.steps, same=True)
-                peak, (count, _) = max(peak, matmul_peak(work)), flops(work)  # measured twice: others may compute, too
-                row = asdict(work) | dict(gflops_per_clip=count / 1e9, peak_gflops=peak / 1e9)
-                for name, found in (("ours", ours), ("hf", theirs)):
-                    row |= {f"{name}_{key}": value for key, value in found.items()}
-                    row[f"{name}_utilisation"] = utilisation(count * work.batch, found["ms"], peak)
-                row["hf_over_ours"] = ratio(ours["rounds_ms"], theirs["rounds_ms"])
-                row["hf_over_ours_mb"] = row["hf_mb"] / row["ours_mb"]
-                rows.append(row)
-                print(f"{size} {precision} {mode}: {row['ours_ms']:.0f} and {row['hf_ms']:.0f} ms", flush=True)
-                merged = keep(args, rows, keys)  # after each, as it takes long
+    for size, precision, mode in itertools.product(args.sizes, args.precisions, args.modes):
+        work = work_of(args, task=args.command, size=size, precision=precision, mode=mode)
+        peak = matmul_peak(work)
+        ours, theirs = compare([(work, "ours"), (work, "hf")], args.rounds, args.steps, same=True)
+        peak, (count, _) = max(peak, matmul_peak(work)), flops(work)  # measured twice: others may compute, too
+        row = asdict(work) | dict(gflops_per_clip=count / 1e9, peak_gflops=peak / 1e9)
+        for name, found in (("ours", ours), ("hf", theirs)):
+            row |= {f"{name}_{key}": value for key, value in found.items()}
+            row[f"{name}_utilisation"] = utilisation(count * work.batch, found["ms"], peak)
+        row["hf_over_ours"] = ratio(ours["rounds_ms"], theirs["rounds_ms"])
+        row["hf_over_ours_mb"] = row["hf_mb"] / row["ours_mb"]
+        rows.append(row)
+        print(f"{size} {precision} {mode}: {row['ours_ms']:.0f} and {row['hf_ms']:.0f} ms", flush=True)
+        merged = keep(args, rows, keys)  # after each, as it takes long
     columns = {
         "model": ("size", ""), "precision": ("precision", ""), "mode": ("mode", ""), "clips": ("batch", ""),
         "processes": ("processes", ""), "ours, ms": ("ours_ms", ".0f"), "HF, ms": ("hf_ms", ".0f"),
-        "HF / ours": ("hf_over_ours", ".2f"), "ours, MB": ("ours_mb", ".0f"), "HF, MB": ("hf_mb", ".0f"),
-        "HF / ours ": ("hf_over_ours_mb", ".2f"), "GFLOP a clip": ("gflops_per_clip", ".0f"),
+        "HF / ours, time": ("hf_over_ours", ".2f"), "ours, MB": ("ours_mb", ".0f"), "HF, MB": ("hf_mb", ".0f"),
+        "HF / ours, MB": ("hf_over_ours_mb", ".2f"), "GFLOP a clip": ("gflops_per_clip", ".0f"),
         "ours, % of peak": ("ours_utilisation", ".0f"), "HF, % of peak": ("hf_utilisation", ".0f"),
     }  # fmt: skip
     table(columns, merged)
@@ -533,8 +533,9 @@ def load(paths: list[Path], clips: int, rounds: int, pipe) -> None:
         try:
             read(paths[0], [0])
             fetch[f"{name}, our transform"] = read
-        except (ImportError, OSError, RuntimeError):
-            found[f"{name}, our transform"] = dict(note="not installed")
+        except (ImportError, OSError, RuntimeError):  # torchcodec: also where FFmpeg's libraries are missing
+            has = importlib.util.find_spec(name)
+            found[f"{name}, our transform"] = dict(note="does not load here" if has else "not installed")
     for name, read in fetch.items():
         off = [(read(paths[key[0]], wanted[key]).int() - expected[key]).abs().float().mean() for key in wanted]
         found[name] = dict(right=bool(max(off) < 2))
@@ -689,7 +690,7 @@ def scale(args) -> None:
     columns = {
         "factor": ("factor", ""), "value": ("factor_value", ""), "GFLOP a clip": ("gflops_per_clip", ".0f"),
         "ms a clip": ("ms_per_clip", ".0f"), "% of peak": ("utilisation", ".0f"), "ms a step": ("ms", ".0f"),
-        "fit": ("ms_fit", ".0f"), "MB": ("mb", ".0f"), "fit ": ("mb_fit", ".0f"),
+        "fitted": ("ms_fit", ".0f"), "MB": ("mb", ".0f"), "fitted MB": ("mb_fit", ".0f"),
     }  # fmt: skip
     table(columns, merged)
     t, m = laws["ms"], laws["mb"]
@@ -728,9 +729,8 @@ def hours(args) -> None:
         recipe = {key: PRESETS[preset].get(key, getattr(Config, key)) for key in ("size", "ratio", "epochs", "batch")}
         per_clip, _ = flops(Work(size=recipe["size"], ratio=recipe["ratio"]))
         clips = recipe["epochs"] * (VIDEOS[preset] // recipe["batch"]) * recipe["batch"]  # whole steps, as the loop
-        row = recipe | dict(
-            preset=preset, clips=clips, gflops_per_clip=per_clip / 1e9, exaflops=clips * per_clip / 1e18
-        )
+        row = recipe | dict(preset=preset, clips=clips, gflops_per_clip=per_clip / 1e9)
+        row["exaflops"] = clips * per_clip / 1e18
         for gpu, peak in GPUS.items():
             row[gpu] = "-".join(f"{gpu_hours(clips * per_clip, peak, share):.0f}" for share in ASSUMED[::-1])
             if LIKE[preset] in rate:

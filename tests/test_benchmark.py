@@ -73,8 +73,8 @@ def test_fit_finds_the_law_and_has_no_negative_coefficient():
     np.testing.assert_allclose(benchmark.fit(x, x @ [0.5, 2, 3]), [0.5, 2, 3])
     assert benchmark.fit(x, x @ [5, 2, -0.5]).min() >= 0
     points = ((1, 2, 3, 4), (2, 7, 5, 1), (5, 3, 9, 2), (9, 1, 20, 7), (4, 4, 1, 9))
-    rows = [dict(factor="f", step_flops=f, parameters=p, activations=a, values=v, ms=3 + f + 2 * p, mb=1 + p + 5 * a + v)
-            for f, p, a, v in points]  # fmt: skip
+    rows = [dict(factor="f", step_flops=f, parameters=p, activations=a, values=v, ms=3 + f + 2 * p,
+                 mb=1 + p + 5 * a + v) for f, p, a, v in points]  # fmt: skip
     laws = benchmark.fit_scale([*rows, dict(factor="processes")])
     assert laws["ms"]["step_flops"] == pytest.approx(1) and laws["mb"]["activations"] == pytest.approx(5)
     assert laws["mb"]["largest_error"] < 1e-9 and rows[0]["ms_fit"] == pytest.approx(rows[0]["ms"])
