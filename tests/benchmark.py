@@ -254,13 +254,12 @@ class Contender:
 
 def in_turn(contenders: list, rounds: int, steps: int) -> list[dict]:
     """Warm all up, then ask them in turn, every other round backwards: what measured() makes of the costs of each."""
-    for contender in contenders:
-        contender.turn(3)
+    warm_up = [3 * contender.turn(3)["seconds"] for contender in contenders]  # compiling included
     costs = [[] for _ in contenders]
     for number in range(rounds):
         for i in list(range(len(contenders)))[:: 1 if number % 2 == 0 else -1]:
             costs[i].append(contenders[i].turn(steps))
-    return [measured(cost) for cost in costs]
+    return [dict(measured(cost), warm_up_s=spent) for cost, spent in zip(costs, warm_up, strict=True)]
 
 
 def measured(costs: list[dict]) -> dict:
