@@ -11,8 +11,8 @@ Each prints a table and writes OUT/COMMAND.json (default tests/reference); what 
 versions stays, so that a table can be made in pieces: --sizes base --modes compiled is one. On 2 idle CPU cores an
 eager row takes a minute (small) to three (base), a compiled one two minutes more, loader two minutes, a factor of scale
 one or two. Needs transformers; decord and torchcodec (with FFmpeg's libraries) only for their rows. On CPU (Linux) and
-on GPUs; --processes N trains on N of them, or in N processes with a share of the threads each, by DDP. Expect ours to
-be no slower than Hugging Face's and to take less memory, and the loader to be close to decoding alone.
+on GPUs; --processes N trains on N of them, or in N processes with a share of the threads each, by DDP. Run it on an
+idle machine: others on its cores double times and blur ratios. tests/reference holds what to expect.
 
 How: each contender is a process of its own (so memory is its own), has the same weights, inputs, autocast and fused
 AdamW, and is checked to give the same loss and predictions. After a warm-up they are asked in turn, A B B A ..., for a
