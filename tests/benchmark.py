@@ -1,6 +1,7 @@
 """How long, how large: our steps beside Hugging Face's, our loader beside other decoders, cost as work grows. By hand.
 
     python tests/benchmark.py step --sizes small base --precisions fp32 bf16 --modes eager compiled    # pre-training
+    python tests/benchmark.py step --cross --decoder-mask 0.5      # ours with options beyond the paper
     python tests/benchmark.py finetune --sizes small base --precisions fp32 bf16 --modes eager compiled
     python tests/benchmark.py loader                   # also --videos FILE ...: their frames instead of made-up ones
     python tests/benchmark.py scale                    # or --factors frames ratio: a part; writes scale.png as well
@@ -57,7 +58,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 from data import Split, Videos, make_loader, pretrain_transform, read_frames, sample_clip  # noqa: E402
-from masking import MASKS  # noqa: E402
+from masking import MASKS, running_cell_mask  # noqa: E402
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, VideoMAE, to_official  # noqa: E402
 from pretrain import PRESETS, Config  # noqa: E402
 
@@ -81,6 +82,8 @@ class Work:
     processes: int = 1
     threads: int = 1  # of each process
     checkpointing: bool = False
+    cross: bool = False  # this one and the next: of ours alone
+    decoder_mask: float = 0.0
     device: str = "cpu"
 
 
@@ -136,11 +139,13 @@ def build(work: Work, who: str, clips: int):
     size, device = (work.frames, work.resolution, work.resolution), torch.device(work.device)
     pretrain = work.task == "step"
     if pretrain:
-        model = VideoMAE(work.size, size, decoder_depth=work.decoder_depth)
+        model = VideoMAE(work.size, size, decoder_depth=work.decoder_depth, cross=work.cross and who == "ours")
     else:
         model = Classifier(work.size, CLASSES, size, init_scale=1.0)  # so that predictions say something
     video = torch.randint(0, 256, (clips, size[0], 3, *size[1:]), dtype=torch.uint8)
-    mask = MASKS["tube"](clips, model.encoder.grid, work.ratio).to(device) if pretrain else None
+    masks = [MASKS["tube"](clips, model.encoder.grid, work.ratio).to(device)] if pretrain else []
+    if work.decoder_mask and who == "ours":
+        masks.append(running_cell_mask(clips, model.encoder.grid, work.decoder_mask).to(device))
     labels = torch.randint(CLASSES, (clips,), device=device)
     if who == "hf":
         model = hugging_face(model)
@@ -154,7 +159,7 @@ def build(work: Work, who: str, clips: int):
     net = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
 
     def forward():
-        out = net(video, mask) if pretrain else net(video)
+        out = net(video, *masks)
         loss, pred = out if isinstance(out, tuple) else (getattr(out, "loss", None), getattr(out, "logits", out))
         return loss if pretrain else F.cross_entropy(pred.float(), labels, label_smoothing=0.1), pred
 
@@ -379,29 +384,36 @@ def work_of(args, **changes) -> Work:
     count = changes.get("processes", args.processes)
     threads = 1 if args.device == "cuda" else max(args.threads // count, 1)
     basic = dict(batch=args.batch, processes=count, threads=threads, checkpointing=args.checkpointing)
+    if args.command == "step":
+        basic |= dict(cross=args.cross, decoder_mask=args.decoder_mask)
     return Work(device=args.device, **(basic | changes))
 
 
 def steps(args) -> None:
     """Rows of `step` or `finetune`: ours beside Hugging Face's."""
     rows, keys = [], ("size", "precision", "mode", "batch", "processes", "threads", "checkpointing", "device")
+    keys += ("cross", "decoder_mask")
     for size, precision, mode in itertools.product(args.sizes, args.precisions, args.modes):
         work = work_of(args, task=args.command, size=size, precision=precision, mode=mode)
-        peak = matmul_peak(work)
-        ours, theirs = compare([(work, "ours"), (work, "hf")], args.rounds, args.steps, same=True)
+        peak, same = matmul_peak(work), not work.cross and not work.decoder_mask
+        ours, theirs = compare([(work, "ours"), (work, "hf")], args.rounds, args.steps, same)
         peak, (count, _) = max(peak, matmul_peak(work)), flops(work)  # measured twice: others may compute, too
         row = asdict(work) | dict(gflops_per_clip=count / 1e9, peak_gflops=peak / 1e9)
+        row["options"] = " ".join(
+            ["cross"] * work.cross + [f"decoder-mask {work.decoder_mask}"] * (work.decoder_mask > 0)
+        )
         for name, found in (("ours", ours), ("hf", theirs)):
             row |= {f"{name}_{key}": value for key, value in found.items()}
-            row[f"{name}_utilisation"] = utilisation(count * work.batch, found["ms"], peak)
+            row[f"{name}_utilisation"] = utilisation(count * work.batch, found["ms"], peak) if same else None
         row["hf_over_ours"] = ratio(ours["rounds_ms"], theirs["rounds_ms"])
         row["hf_over_ours_mb"] = row["hf_mb"] / row["ours_mb"]
         rows.append(row)
         print(f"{size} {precision} {mode}: {row['ours_ms']:.0f} and {row['hf_ms']:.0f} ms", flush=True)
         merged = keep(args, rows, keys)  # after each, as it takes long
     columns = {
-        "model": ("size", ""), "precision": ("precision", ""), "mode": ("mode", ""), "clips": ("batch", ""),
-        "processes": ("processes", ""), "ours, ms": ("ours_ms", ".0f"), "HF, ms": ("hf_ms", ".0f"),
+        "model": ("size", ""), "precision": ("precision", ""), "mode": ("mode", ""), "options": ("options", ""),
+        "clips": ("batch", ""), "processes": ("processes", ""), "ours, ms": ("ours_ms", ".0f"),
+        "HF, ms": ("hf_ms", ".0f"),
         "HF / ours, time": ("hf_over_ours", ".2f"), "ours, MB": ("ours_mb", ".0f"), "HF, MB": ("hf_mb", ".0f"),
         "HF / ours, MB": ("hf_over_ours_mb", ".2f"), "GFLOP a clip": ("gflops_per_clip", ".0f"),
         "ours, % of peak": ("ours_utilisation", ".0f"), "HF, % of peak": ("hf_utilisation", ".0f"),
@@ -770,6 +782,8 @@ def main() -> None:
     add("--processes", type=int, default=1, help="of step, finetune: each with a GPU, or a share of the threads")
     add("--threads", type=int, default=os.cpu_count(), help="over all processes, on CPU (default: %(default)s)")
     add("--checkpointing", action="store_true", help="activations are computed twice, in both contenders")
+    add("--cross", action="store_true", help="of step: ours with pretrain.py's option, Hugging Face's as it is")
+    add("--decoder-mask", type=float, default=0.0, help="of step: likewise")
     add("--rounds", type=int, default=5, help="times that each is asked (default: %(default)s)")
     add("--steps", type=int, help="in a round (default: 2, on GPU 20)")
     add("--files", type=int, default=4, help="of loader: files of each kind (default: %(default)s)")

@@ -21,8 +21,10 @@ def closed_formula(work: Work) -> int:
     blocks = lambda n, dim, depth: depth * n * (12 * dim**2 + 2 * n * dim)
     once = blocks(visible, s["dim"], s["depth"])
     if work.task == "step":
-        once += visible * s["dim"] * s["decoder_dim"] + blocks(tokens, s["decoder_dim"], work.decoder_depth)
-        once += (tokens - visible) * s["decoder_dim"] * values
+        dim, masked = s["decoder_dim"], tokens - visible
+        once += visible * s["dim"] * dim + blocks(tokens, dim, work.decoder_depth)
+        once -= visible * (10 * dim**2 + 2 * tokens * dim)  # in the last block they are but keys and values
+        once += masked * dim * values
     else:
         once += s["dim"] * benchmark.CLASSES
     return 2 * (3 * once + 2 * visible * values * s["dim"])
