@@ -1089,7 +1089,7 @@ def _describe(probes: list[Probe], stride: int) -> None:
 # ---------------------------------------------------------------------------------------- prepare a data set
 
 # MPEG-4 with a key frame every 12 frames and fixed quantiser 4: of 30 settings of x264, MPEG-4 and MJPEG the fastest to
-# sample at 37 to 39 dB. LEAST is what a rewritten file must reach, over all its pixels.
+# sample at about 38 dB. LEAST is what a rewritten file must reach, over all its pixels.
 CODEC, LEAST = ("mpeg4", {"g": "12", "qmin": "4", "qmax": "4"}), 30
 
 
