@@ -170,6 +170,7 @@ def _video_stream(container):
 
 
 VOP = b"\0\0\1\xb6"  # begins a frame of MPEG-4; the next two bits are its kind, 0 that of key frames, 2 of B-frames
+SURE = 32  # bytes from there on, of which one that is not coded, and shows nothing, has fewer
 
 
 def _kind(raw: bytes) -> int:
@@ -192,7 +193,7 @@ def _numbered(stream, packets) -> list:
         raw = [bytes(packet) for packet in packets]
     while raw and len(raw[-1]) <= 8:
         raw.pop()  # shows nothing
-    if any(r.count(VOP) != 1 or len(r) <= 8 or r.endswith(VOP) for r in raw):
+    if any(r.count(VOP) != 1 or len(r) - r.index(VOP) <= SURE for r in raw):
         return []
     kinds, order, held = [_kind(r) for r in raw], [], []
     for number, kind in enumerate(kinds):
@@ -207,7 +208,7 @@ def _numbered(stream, packets) -> list:
 def _unreferred(raw: bytes, codec: str, width: int) -> bool:
     """Whether no other frame builds on that of a packet; `width`: bytes of the lengths in H.264, 0: not known."""
     if codec == "mpeg4":
-        return _kind(raw) == 2 and len(raw) > 32  # less might show nothing: left to the decoder
+        return _kind(raw) == 2
     at, slices = 0, 0
     while codec == "h264" and width and at + width < len(raw):
         head = raw[at + width]
@@ -1206,7 +1207,10 @@ def prepare(
     for path, problem in problems.items():
         print(f"left out: {shown(path)}: {problem}")
     if splits and splits.is_dir() and splits.is_relative_to(data):
-        splits = shutil.copytree(splits, out / splits.relative_to(data), dirs_exist_ok=True)
+        lists, splits = list(splits.glob("*.txt")), out / splits.relative_to(data)
+        splits.mkdir(parents=True, exist_ok=True)
+        for file in lists:  # these alone: videos may lie beside them
+            shutil.copy(file, splits)
     good = [(path, out / name) for path, name in zip(paths, names, strict=True) if path not in problems]
     before, after = (sum(pair[i].stat().st_size for pair in good) / 1e6 for i in (0, 1))
     count, seconds = len(jobs) - len(problems), time.monotonic() - begin

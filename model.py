@@ -408,9 +408,10 @@ class VideoMAE(nn.Module):
         pred = self.decode(latent, visible, masked, keep)
         return self.loss(pred.float(), self.target_cubes(video, masked[:, -keep:])), pred
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compile what comes after the tokens are counted: one graph, whose shapes are the same in every step."""
-        self.reconstruct = torch.compile(self.reconstruct, backend=backend, fullgraph=True)
+    def compile(self, backend: str = "inductor", fullgraph: bool = False) -> None:
+        """Compile what comes after the tokens are counted, shapes that are the same in every step: one graph, which
+        `fullgraph` insists on, but where FSDP2 gathers a block's weights in between."""
+        self.reconstruct = torch.compile(self.reconstruct, backend=backend, fullgraph=fullgraph)
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor, keep: int) -> Tensor:
         """Latents (B, V, D) -> predicted cubes (B, keep, P) of the last `keep` masked tokens.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import tv_tensors
-from zoo import number_of, write
+from zoo import changed, number_of, write
 
 import data
 from data import (
@@ -109,6 +109,21 @@ def test_frames_that_nobody_needs_are_not_decoded(tmp_path, monkeypatch, name, c
     for _ in range(15):
         wanted = [rng.randrange(60) for _ in range(rng.choice((1, 2, 6)))]
         assert torch.equal(read_frames(path, wanted), whole[wanted])
+
+
+@pytest.mark.parametrize("front, tail", [(b"", b""), (b"", b"\x7f" * 9), (b"\0\0\1\xb2XviD0046", b"")])
+def test_packets_that_show_nothing_do_not_count(tmp_path, front, tail):
+    """One that is not coded, of whatever length, ends the first group: the frames of the second move up by one."""
+
+    def change(packets):
+        raw = front + data.VOP + b"\x51\xc0\x7f" + tail
+        old, new = packets[11], av.Packet(len(raw))
+        new.update(raw)
+        new.pts, new.dts, new.time_base = old.pts, old.dts, old.time_base
+        return [*packets[:11], new, *packets[12:]]
+
+    changed(tmp_path / "a.avi", change=change, codec="mpeg4", g=12, bf=0)
+    assert [number_of(frame) for frame in read_frames(tmp_path / "a.avi", [10, 11, 15])] == [10, 12, 16]
 
 
 def test_a_frame_that_is_not_the_announced_one_is_noticed(tmp_path, monkeypatch):

@@ -193,3 +193,21 @@ def test_cuda_without_a_gpu_is_one_clear_error():
         pytest.skip("has a GPU")
     with pytest.raises(ValueError, match="--device cpu"):
         engine.setup("cuda")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_spread_models_compile(tmp_path, shard):
+    """Over processes, here one: FSDP2 gathers weights between the blocks, where there can be no one graph."""
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        size = dict(dim=24, depth=1, heads=2, decoder_dim=24, decoder_depth=1, decoder_heads=2)
+        mae = model.VideoMAE(size, (4, 16, 16), (2, 8, 8))
+        net = engine.parallel(mae, shard)
+        mae.compile(backend="aot_eager")
+        mask = torch.tensor([[True, False, False, True] * 2])
+        loss, _ = net(torch.randint(256, (1, 4, 3, 16, 16), dtype=torch.uint8), mask)
+        loss.backward()
+        assert all(p.grad is not None for p in mae.parameters())
+    finally:
+        torch.distributed.destroy_process_group()

@@ -69,6 +69,15 @@ def test_official_lists_go_along(source, tmp_path, capsys):
             assert (old.labels, old.classes) == (new.labels, new.classes)
 
 
+def test_lists_beside_the_videos_leave_the_rewritten_ones_alone(source, tmp_path):
+    for name, text in {"classInd": "1 run\n2 walk", "trainlist01": "run/a.mp4 1", "testlist01": "walk/d.mkv"}.items():
+        (source / f"{name}.txt").write_text(text + "\n")
+    out = tmp_path / "out"
+    assert prepare("ucf101", source, source, out, None, 2) == 0
+    assert len(read_split(out, out).paths) == 1
+    assert (out / "run" / "a.mp4").read_bytes() != (source / "run" / "a.mp4").read_bytes()
+
+
 def test_a_second_run_does_what_is_missing(source, tmp_path, capsys):
     out = tmp_path / "out"
     (source / "walk" / "e.avi").unlink()
