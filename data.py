@@ -931,6 +931,7 @@ def _probe(path: Path) -> Probe | str:
 
 def _serve(work, pipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+    threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
     while True:
         pipe.send(work(pipe.recv()))
 
@@ -1151,7 +1152,7 @@ def prepare(
 
     Official lists count with all of their folds. A second run goes on where the first one stopped: out/prepared.jsonl
     holds a line a video, with size and time of its source. Files have their final name when they are complete and
-    checked. Returns 0, or 1 where files are broken and left out. Raises ValueError as check does.
+    checked; broken ones are copied as they are. Returns 0, or 1 where there are such. Raises ValueError as check does.
     """
     if workers < 1 or (short_side or 2) < 2:
         raise ValueError(f"--workers {workers} must be at least 1, --short-side {short_side} at least 2")
@@ -1193,10 +1194,15 @@ def prepare(
         with open(record, "a") as file:
             file.write("\n")  # ends a line that was cut short
             for job, result in tqdm(results, "rewriting", len(jobs), unit="video"):
-                (path, _, target, _), (name, stamp) = job, jobs[job]
+                (path, part, target, _), (name, stamp) = job, jobs[job]
                 if isinstance(result, str):
                     problems[path] = result
                     target.unlink(missing_ok=True)  # of an earlier source
+                    with contextlib.suppress(
+                        OSError
+                    ):  # as before, it is for training to leave out, so lists stay valid
+                        shutil.copyfile(path, part)
+                        os.rename(part, target)
                     continue
                 quality.append(result)
                 file.write(json.dumps(dict(stamp, name=name, out=target.stat().st_size)) + "\n")
@@ -1205,7 +1211,7 @@ def prepare(
         results.close()
         shutil.rmtree(temporary, ignore_errors=True)
     for path, problem in problems.items():
-        print(f"left out: {shown(path)}: {problem}")
+        print(f"not rewritten, copied as it is: {shown(path)}: {problem}")
     if splits and splits.is_dir() and splits.is_relative_to(data):
         lists, splits = list(splits.glob("*.txt")), out / splits.relative_to(data)
         splits.mkdir(parents=True, exist_ok=True)
@@ -1214,7 +1220,7 @@ def prepare(
     good = [(path, out / name) for path, name in zip(paths, names, strict=True) if path not in problems]
     before, after = (sum(pair[i].stat().st_size for pair in good) / 1e6 for i in (0, 1))
     count, seconds = len(jobs) - len(problems), time.monotonic() - begin
-    print(f"{count} videos rewritten in {seconds:.0f} s with {workers} processes, {len(problems)} left out")
+    print(f"{count} videos rewritten in {seconds:.0f} s with {workers} processes, {len(problems)} only copied")
     psnr = f", PSNR {min(quality):.1f} dB or more, median {sorted(quality)[count // 2]:.1f}" if quality else ""
     print(f"{before:.1f} MB became {after:.1f} MB{psnr}")
     where = ["--data", str(out), *(["--splits", str(splits)] if splits else [])]

@@ -83,7 +83,8 @@ def running_cell_mask(
         )
     begin = torch.randint(4, (batch, 1, 1), generator=generator, device=device)
     slot, place = torch.arange(t, device=device)[:, None], torch.arange(4, device=device)
-    cells = (place + begin + 1 + slot) % 4 < 4 * ratio  # (B, t, 4): of a cell, row by row
+    # (B, t, 4): of a cell, row by row; + 1 as in the published table.
+    cells = (place + begin + 1 + slot) % 4 < 4 * ratio
     return cells.unflatten(2, (2, 2)).repeat(1, 1, h // 2, w // 2).flatten(1)
 
 

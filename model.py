@@ -40,6 +40,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------- transformer
 
 
+def recompute(function, *args):
+    """function(*args), of whose intermediate values the backward keeps none but computes again those that it needs.
+
+    Around "norm, linear" and "GELU, linear" this repeats the norm or GELU alone, which costs little time: activations
+    shrink by a third. A compiler finds such savings by itself.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
     """Joint space-time self-attention over all tokens it is given, (B, N, D) -> (B, N, D) (paper section 3.3)."""
 
@@ -51,15 +62,20 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module, context: Tensor | None = None) -> Tensor:
-        """All attend to all after `norm`; with `context` (B, K, D), x asks and only the context answers."""
+    def project(self, x: Tensor, norm: nn.Module, rows: slice) -> Tensor:
+        """`rows` of the 3*D outputs q, k, v of norm(x)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        project = lambda x, rows: recompute(lambda x: F.linear(norm(x), self.qkv.weight[rows], bias[rows]), x)
+        return F.linear(norm(x), self.qkv.weight[rows], bias[rows])
+
+    def forward(self, x: Tensor, norm: nn.Module, context: Tensor | None = None) -> Tensor:
+        """All tokens attend to all; with `context` (B, K, D), those of x attend to those of the context alone. `norm`
+        comes first; it is done here so that its output need not be kept, see recompute."""
         if context is None:
-            q, k, v = project(x, slice(None)).chunk(3, dim=2)
+            q, k, v = recompute(self.project, x, norm, slice(None)).chunk(3, dim=2)
         else:
             d = x.shape[2]
-            q, (k, v) = project(x, slice(0, d)), project(context, slice(d, None)).chunk(2, dim=2)
+            q = recompute(self.project, x, norm, slice(0, d))
+            k, v = recompute(self.project, context, norm, slice(d, None)).chunk(2, dim=2)
         q, k, v = (rearrange(part, "b n (heads d) -> b heads n d", heads=self.heads) for part in (q, k, v))
         return self.proj(rearrange(attend(q, k, v), "b heads n d -> b n (heads d)"))
 
@@ -80,6 +96,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """(B, N, D) -> (B, N, D); `norm` as in Attention."""
         hidden = recompute(lambda x: self.fc1(norm(x)), x)
         return recompute(lambda x: self.fc2(F.gelu(x)), hidden)
 
@@ -93,7 +110,10 @@ def drop(x: Tensor, rate: float, chance: Tensor | None) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `drop_path` is the rate at which a clip skips each of its two branches."""
+    """Pre-norm transformer block, x + attn(norm1(x)), then x + mlp(norm2(x)).
+
+    `drop_path` is the rate at which a clip skips each of its two branches.
+    """
 
     def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -116,7 +136,7 @@ def run_blocks(
 ) -> Tensor:
     """Apply the blocks in turn, with two columns each of `chances` (B, 2*depth) for drop path (None: nothing drops).
 
-    With checkpointing, keep only the blocks' inputs and compute each again in the backward.
+    With checkpointing, keep only the blocks' inputs and compute each again in the backward, linear layers too.
     """
     pairs = [None] * len(blocks) if chances is None else [c[..., None, None].unbind(1) for c in chances.split(2, dim=1)]
     for block, pair in zip(blocks, pairs, strict=True):
@@ -124,17 +144,6 @@ def run_blocks(
         arguments = (x, pair, context)
         x = checkpoint(block, *arguments, use_reentrant=False) if keep_inputs else block(*arguments)
     return x
-
-
-def recompute(function, *args):
-    """function(*args), of whose intermediate values the backward keeps none but computes again those that it needs.
-
-    Around "norm, linear" and "GELU, linear" this repeats the norm or GELU alone, which costs little time: activations
-    shrink by a third. A compiler finds such savings by itself.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -250,8 +259,8 @@ def position_table(grid: tuple, dim: int, kind: str, trained_grid: tuple | None 
 def token_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N) bool mask -> indices of the visible (B, V) and of the masked tokens (B, M), each ascending.
 
-    Reads the counts back to the host: the one synchronisation of a step. ValueError where the counts of the
-    clips differ or where nothing is visible or masked.
+    Reads the counts back to the host, the one synchronisation of a step (of two, with a decoder mask). ValueError where
+    the counts of the clips differ or where nothing is visible or masked.
     """
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
@@ -389,7 +398,8 @@ class VideoMAE(nn.Module):
 
     def forward(self, video: Tensor, mask: Tensor, decoder_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W) and mask (B, N), True = masked -> the mean loss over the predicted cubes, float32,
-        and the predictions (B, M, P) in ascending token order (target "center": only those of the central slot).
+        and the predictions (B, M, P) in ascending token order (target "center": only those of the central slot; with a
+        decoder mask: only those that are decoded).
 
         Masked tokens that are True in `decoder_mask` (B, N) are left out of decoder and loss (after VideoMAE V2, which
         also gives the decoder mask tokens for some of the places that the encoder sees).
@@ -623,12 +633,13 @@ def listed(names: list[str]) -> str:
 # -------------------------------------------------------------------------------------- attention on CPUs in bf16
 
 # PyTorch's fused kernel takes about twice as long there as plain matrix products whose weights stay in the cache. An
-# operator of its own, forward and backward, is one node for torch.compile, whatever the number of heads.
+# operator of its own, forward and backward, is one node for torch.compile, whatever the number of heads. The logits are
+# rounded to bf16, unlike the fused kernel's: errors are twice as large, and more where attention is very sharp.
 
 
 def in_cache(*tensors: Tensor, size: int):
     """The same heads of several (B, heads, N, d), as many at a time as have some MB of weights, `size` numbers each."""
-    few = max(2**22 // size, 1)
+    few = max(2**22 // size, 1)  # one alone goes without a dimension for heads, where products are faster
     flat = [tensor.flatten(0, 1) for tensor in tensors]
     return zip(*(x.unbind() if few == 1 else x.split(few) for x in flat), strict=True)
 

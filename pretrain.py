@@ -155,6 +155,8 @@ def main(argv: list[str]) -> None:
         cross=cfg.cross,
     ).to(device)  # fmt: skip
     model.encoder.checkpointing = cfg.checkpointing
+    if cfg.decoder_mask:
+        running_cell_mask(1, model.encoder.grid, cfg.decoder_mask)  # does it fit?
     net = engine.parallel(model, cfg.shard)
     if cfg.compile:
         model.compile()

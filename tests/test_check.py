@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -227,6 +229,15 @@ def work(item):
     if item == 5:
         time.sleep(60)
     return item * item
+
+
+def test_processes_end_with_the_main_one():
+    work = "lambda item: print(os.getpid(), flush=True) or time.sleep(60)"
+    code = f"import data, os, time; list(data.in_processes({work}, [1], 1, lambda item: 100))"
+    main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=os.path.dirname(data.__file__))
+    main.stdout.readline()
+    main.kill()
+    main.communicate(timeout=20)  # waits for all that could still write
 
 
 def test_processes_that_die_or_hang_cost_one_item():

@@ -257,6 +257,33 @@ def test_attention_for_cpus_is_attention(queries, keys):
     assert torch.equal(attend(*cast), mine)  # bf16 on a CPU takes it
 
 
+def test_bf16_attention_on_cpus_rounds_logits_no_more_than_once():
+    """Sharp attention is where rounding shows: logits of up to 60, with an error of one in 256."""
+    q, k, v = (4 * torch.randn(1, 2, 400, 64) for _ in range(3))
+    exact, mine = F.scaled_dot_product_attention(q, k, v), attend(*(x.bfloat16() for x in (q, k, v))).float()
+    assert (mine - exact).norm() / exact.norm() < 0.03
+
+
+def kept(model, *args):
+    """Bytes that a forward keeps for the backward, parameters aside."""
+    found, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    note = lambda x: found.update({x.untyped_storage().data_ptr(): x.untyped_storage()}) or x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(*args)
+    return sum(storage.nbytes() for pointer, storage in found.items() if pointer not in own)
+
+
+def test_little_is_kept_for_the_backward(monkeypatch):
+    """Neither outputs of norms and GELU, nor of the last block what nobody reads."""
+    model, mask = VideoMAE(**SMALL), tube_mask(2, GRID, 0.5)
+    lean = kept(model, clip(), mask)
+    monkeypatch.setattr("model.recompute", lambda function, *args: function(*args))
+    assert lean < 0.75 * kept(model, clip(), mask)
+    monkeypatch.undo()
+    whole = kept(model.decoder, *(torch.randn(2, 48, 96) for _ in range(2)), 48, False)
+    assert kept(model.decoder, *(torch.randn(2, 48, 96) for _ in range(2)), 12, False) < 0.85 * whole
+
+
 @pytest.mark.parametrize("cross", [False, True])
 def test_decoder_mask_leaves_tokens_out_of_the_loss(cross):
     torch.manual_seed(0)

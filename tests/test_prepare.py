@@ -18,6 +18,10 @@ def state(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
+def files(folder):
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def source(tmp_path):
     """Two classes of two long groups of pictures each, and one file that is none."""
@@ -38,10 +42,14 @@ def test_names_frames_and_lists_stay(source, tmp_path, capsys):
     before, out = state(source), tmp_path / "out"
     assert run(source, out) == 1  # for the file that is none
     printed = capsys.readouterr().out
-    assert f"left out: {source}/walk/e.avi: Invalid data found" in printed and "3 videos rewritten" in printed
+    assert (
+        f"not rewritten, copied as it is: {source}/walk/e.avi: Invalid data found" in printed
+        and "3 videos rewritten" in printed
+    )
     assert f"next: python pretrain.py --data {out}\n" in printed
     assert state(source) == before  # bytes and times
-    assert {path.name for path in out.rglob("*") if path.is_file()} == {"a.mp4", "b c.avi", "d.mkv", "prepared.jsonl"}
+    assert files(out) == {"a.mp4", "b c.avi", "d.mkv", "e.avi", "prepared.jsonl"}
+    assert (out / "walk" / "e.avi").read_text() == "no video"  # for training to leave out, as before
     for name in ("run/a.mp4", "run/b c.avi", "walk/d.mkv"):
         old, new = every(source / name), every(out / name)
         assert [number_of(frame) for frame in new] == list(range(60)) and new.shape == old.shape
@@ -94,7 +102,8 @@ def test_a_second_run_does_what_is_missing(source, tmp_path, capsys):
     assert same("walk/d.mkv") and not same("run/a.mp4")
     assert (out / "run" / "b c.avi").read_bytes() == first[out / "run" / "b c.avi"][0]
     (source / "run" / "a.mp4").write_text("broken now")
-    assert run(source, out) == 1 and not (out / "run" / "a.mp4").exists()  # nothing of an older source is left
+    assert run(source, out) == 1
+    assert (out / "run" / "a.mp4").read_text() == "broken now"  # nothing of an older source is left
     assert run(source, out, short_side=32) == 1 and "0 of them are prepared" in capsys.readouterr().out
     assert every(out / "walk" / "d.mkv").shape == (60, 3, 32, 48)
 
@@ -110,7 +119,8 @@ def test_an_interrupted_run_leaves_no_half_files(source, tmp_path, monkeypatch, 
         patch.setattr(os, "replace", die)  # the moment before a file gets its name
         assert run(source, out) == 1
     assert "crashed the process (exit code 9)" in capsys.readouterr().out
-    assert [path.name for path in out.rglob("*") if path.is_file()] == ["prepared.jsonl"]
+    copies = {path for path in source.rglob("*") if path.is_file()}
+    assert all((out / path.relative_to(source)).read_bytes() == path.read_bytes() for path in copies)
 
     def stop(work, jobs, *args):
         for job in jobs[:2]:
@@ -122,8 +132,8 @@ def test_an_interrupted_run_leaves_no_half_files(source, tmp_path, monkeypatch, 
         patch.setattr(data, "in_processes", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source, out)
-    names = {path.name for path in out.rglob("*") if path.is_file()}
-    assert names == {"a.mp4", "b c.avi", "prepared.jsonl"}
+    assert files(out) == {"a.mp4", "b c.avi", "d.mkv", "e.avi", "prepared.jsonl"}
+    assert all((out / path.relative_to(source)).read_bytes() != b"half" for path in copies)
     assert run(source, out) == 1 and "2 of them are prepared already" in capsys.readouterr().out
 
 

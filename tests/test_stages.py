@@ -205,6 +205,8 @@ def test_psnr_and_baselines():
         (pretrain, "--data TOY --batch 8 --resolution 60", "60"),
         (pretrain, "--data TOY --target center --mask random", "--mask tube"),
         (pretrain, "--data TOY --target double --stride 3", "even --stride"),
+        (pretrain, "--data TOY --decoder-mask 0.5 --mask random", "--mask tube"),
+        (pretrain, "--data TOY --batch 8 --decoder-mask 0.3", "not 0.3 of 4x6x6"),
         (pretrain, "--wiggle 3", "--wiggle"),
         (visualize, "--checkpoint other.pt", "other.pt"),
         (visualize, "--checkpoint none.pt", "none.pt"),
