@@ -205,12 +205,12 @@ def _numbered(stream, packets) -> list:
     return [] if 2 in kinds[:2] else packets[: len(raw)]
 
 
-def _unreferred(raw: bytes, codec: str, width: int) -> bool:
+def _unreferred(packet, codec: str, width: int) -> bool:
     """Whether no other frame builds on that of a packet; `width`: bytes of the lengths in H.264, 0: not known."""
+    raw, at, slices = bytes(packet) if codec in ("mpeg4", "h264") else b"", 0, 0
     if codec == "mpeg4":
         return _kind(raw) == 2
-    at, slices = 0, 0
-    while codec == "h264" and width and at + width < len(raw):
+    while width and at + width < len(raw):
         head = raw[at + width]
         if 1 <= head & 31 <= 5:  # a slice
             slices += 1
@@ -259,7 +259,7 @@ def _parts(stream, groups, times: list[int], wanted: set[int]):
         needed = {time for time, i in number.items() if i in wanted}
         if needed:
             last = max(i for i, packet in enumerate(packets) if packet.pts in needed)
-            packets = [p for p in packets[: last + 1] if p.pts in needed or not _unreferred(bytes(p), codec, width)]
+            packets = [p for p in packets[: last + 1] if p.pts in needed or not _unreferred(p, codec, width)]
             yield packets, sorted((p.pts, number[p.pts]) for p in packets if not p.is_discard)
 
 
@@ -1198,9 +1198,7 @@ def prepare(
                 if isinstance(result, str):
                     problems[path] = result
                     target.unlink(missing_ok=True)  # of an earlier source
-                    with contextlib.suppress(
-                        OSError
-                    ):  # as before, it is for training to leave out, so lists stay valid
+                    with contextlib.suppress(OSError):  # lists stay valid, training leaves it out as before
                         shutil.copyfile(path, part)
                         os.rename(part, target)
                     continue

@@ -57,7 +57,7 @@ from torchvision import tv_tensors
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-from data import Split, Videos, make_loader, pretrain_transform, read_frames, sample_clip  # noqa: E402
+from data import MultiScaleCrop, Split, Videos, make_loader, pretrain_transform, read_frames, sample_clip  # noqa: E402
 from masking import MASKS, running_cell_mask  # noqa: E402
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, VideoMAE, to_official  # noqa: E402
 from pretrain import PRESETS, Config  # noqa: E402
@@ -502,12 +502,8 @@ def pil_clip(frames: torch.Tensor, size: int) -> torch.Tensor:
 
     Frame by frame through PIL: MultiScaleCrop (one of 10 boxes at one of 13 places), bilinear, to float, normalise.
     """
-    height, width = frames.shape[-2:]
-    edges = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
-    pairs = [(w, h) for i, w in enumerate(edges) for j, h in enumerate(edges) if abs(i - j) <= 1]
-    places = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
-    (w, h), (x, y) = (options[int(torch.randint(len(options), ()))] for options in (pairs, places))
-    left, top = x * ((width - w) // 4), y * ((height - h) // 4)
+    box = MultiScaleCrop(size).make_params([frames])
+    left, top, w, h = (box[side] for side in ("left", "top", "width", "height"))
     images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]
     images = [image.crop((left, top, left + w, top + h)) for image in images]
     images = [image.resize((size, size), Image.Resampling.BILINEAR) for image in images]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import hugging_face_names
 from torch import nn
 
 from masking import random_mask, running_cell_mask, tube_mask
@@ -394,7 +395,7 @@ def test_parity_with_hugging_face(strategy, normalize):
     )  # fmt: skip
     theirs = transformers.VideoMAEForPreTraining(config).eval()
     theirs.decoder.norm.eps = 1e-6  # fixed at 1e-5 there
-    theirs.load_state_dict(hugging_face_names(ours.state_dict()), strict=True)
+    theirs.load_state_dict(hugging_face_names(ours), strict=True)
     video = torch.randint(0, 256, (2, 8, 3, 32, 32), dtype=torch.uint8)
     mask = strategy(2, (4, 4, 4), 0.75)
     mean, std = (b.view(3, 1, 1) for b in (ours.encoder.mean, ours.encoder.std))
@@ -403,24 +404,3 @@ def test_parity_with_hugging_face(strategy, normalize):
         output = theirs((video / 255 - mean) / std, bool_masked_pos=mask)
     torch.testing.assert_close(pred, output.logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(loss, output.loss, atol=1e-5, rtol=0)
-
-
-def hugging_face_names(state: dict) -> dict:
-    """Our pre-training state dict under Hugging Face's names: qkv split, the embedding as a convolution."""
-    renamed = {}
-    for name, value in state.items():
-        name = name.replace("encoder.blocks.", "videomae.encoder.layer.", 1) if name.startswith("encoder.b") else name
-        name = name.replace("decoder.blocks.", "decoder.decoder_layers.")
-        name = name.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-        name = name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
-        name = name.replace("attn.proj", "attention.output.dense").replace("encoder.norm.", "videomae.layernorm.")
-        if "qkv" in name:
-            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = rows
-        elif "patch_embed" in name:
-            conv = value.view(-1, 2, 8, 8, 3).permute(0, 4, 1, 2, 3) if value.ndim == 2 else value
-            renamed["videomae.embeddings.patch_embeddings.projection." + name.split(".")[-1]] = conv
-        else:
-            name = name.replace("attn.q_bias", "attention.attention.query.bias")
-            renamed[name.replace("attn.v_bias", "attention.attention.value.bias")] = value
-    return renamed
