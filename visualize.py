@@ -6,11 +6,13 @@
     python visualize.py --compare A.csv B.csv --out figure.png        # two predictions.csv: which classes gain and lose
 
 Time runs down; for each clip the original and, for every ratio, what the model saw and what it made of it (visible
-cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model.
+cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model, and writes it to a .json
+beside the figure, there also for the third of the places that changes least in time and the third that changes most.
 
 A model trained on normalised cubes predicts each cube only up to its mean and contrast. --stats visible, the default,
 takes these from the visible cubes around, so that nothing hidden is used. --stats oracle takes the hidden cubes' own,
-as the official code does; the figure then says so and shows what an empty prediction looks like with that help.
+as the official code does; the figure then says so and shows what an empty prediction and an untrained model look like
+with that help. --stats both draws the two beside each other.
 """
 
 import csv
@@ -54,7 +56,7 @@ class Config:
     scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn", 1)
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios, one pair of columns each")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
-    stats: Literal["visible", "oracle"] = opt("visible", "where the mean and contrast of a hidden cube come from")
+    stats: Literal["visible", "oracle", "both"] = opt("visible", "where mean and contrast of a hidden cube come from")
     stride: int | None = opt(None, "frames from one frame of a clip to the next; None: as in pre-training", 1)
     out: str | None = opt(None, "PNG to write; None: reconstruction.png or comparison.png beside the input")
     gif: str | None = opt(None, "also write an animation to this GIF")
@@ -133,43 +135,86 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor, stats: str = "visi
     return dict(out, model=paste(denormalize(pred.float())), nothing=paste(denormalize(torch.zeros_like(pred.float()))))
 
 
-def psnr(result: dict[str, Tensor], key: str) -> float:
-    """Peak signal-to-noise ratio of one of reconstruct's videos over the masked pixels, in dB."""
-    error = (result[key] - result["original"])[result["hidden"]].square().mean()
-    return float(-10 * torch.log10(error))
+def psnr(result: dict[str, Tensor], key: str, where: Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio of one of reconstruct's videos over the masked pixels, in dB; of those in `where`, a
+    bool mask of pixels like result["hidden"], if given."""
+    hidden = result["hidden"] if where is None else result["hidden"] & where
+    return float(-10 * torch.log10((result[key] - result["original"])[hidden].square().mean()))
 
 
-def make_figure(model, clips: list[Tensor], drawn: int, cfg: Config, out: Path) -> None:
-    """Draw the first clips (1, T, C, H, W) to `out`, and print for each ratio the mean PSNR over all clips."""
+SCORED = ("model", "nearest", "mean", "nothing", "untrained")  # of reconstruct's videos, and that of an untrained model
+
+
+def still_and_moving(video: Tensor, cube) -> dict[str, Tensor]:
+    """Bool masks of the pixels of a clip (1, T, C, H, W) float: the third of the places, a cube wide and high, whose
+    pixels vary least in time ("still"), and the third whose pixels vary most ("moving"). Nothing of a single frame."""
+    _, frames, colours, height, width = video.shape
+    if frames == 1:
+        return {}
+    grid = (1, height // cube[1], width // cube[2])
+    variance = patchify(video.var(dim=1, correction=0, keepdim=True), (1, *cube[1:])).mean(dim=2)  # (1, places)
+    order, third = variance[0].argsort(), max(variance.shape[1] // 3, 1)
+    out = {}
+    for name, places in (("still", order[:third]), ("moving", order[-third:])):
+        chosen = torch.zeros(1, variance.shape[1], cube[1] * cube[2] * colours, dtype=torch.bool)
+        chosen[:, places] = True
+        out[name] = unpatchify(chosen, grid, (1, *cube[1:])).expand(1, frames, -1, -1, -1)
+    return out
+
+
+def make_figure(model, fresh, clips: list[Tensor], drawn: int, cfg: Config, out: Path) -> None:
+    """Draw the first clips (1, T, C, H, W) to `out`; print and write (.json) each ratio's mean PSNR over all clips.
+
+    `fresh` is the same model untrained, which stands beside every use of oracle statistics.
+    """
     columns, scores = [], {}
     for number, clip in enumerate(clips):
         for ratio in cfg.ratios:
             generator = torch.Generator().manual_seed(derive_seed(4, cfg.seed, number))
             mask = MASKS[cfg.mask](1, model.encoder.grid, ratio, generator)
-            result = reconstruct(model, clip, mask, cfg.stats)
-            quality = {key: psnr(result, key) for key in ("model", "nearest", "mean", "nothing") if key in result}
-            for key, value in quality.items():
-                scores.setdefault(ratio, {}).setdefault(key, []).append(value)
-            if number >= drawn:
-                continue
-            if ratio == cfg.ratios[0]:
-                columns.append(("original", "", result["original"]))
-            columns.append((f"{ratio:.0%} masked", f"{int((~mask).sum())} of {mask.numel()} cubes", result["masked"]))
-            if cfg.stats == "oracle" and model.normalize:
-                columns.append(("oracle statistics", f"{quality['model']:.1f} dB", result["model"]))
-                note = f"{quality['nothing']:.1f} dB, predict nothing"
-                columns.append(("oracle statistics", note, result["nothing"]))
-            else:
-                columns.append(("reconstruction", f"{quality['model']:.1f} dB", result["model"]))
+            quality = scores.setdefault(f"{ratio:.0%}", {})
+            for stats in ("visible", "oracle") if cfg.stats == "both" else (cfg.stats,):
+                result = reconstruct(model, clip, mask, stats)
+                drawings = [("model", "reconstruction")]
+                if cfg.stats != "visible":
+                    result["untrained"] = reconstruct(fresh, clip, mask, stats)["model"]
+                    drawings.append(("untrained", "untrained model"))
+                if stats == "oracle":
+                    drawings.insert(1, ("nothing", "predict nothing"))
+                found = {key: psnr(result, key) for key in SCORED if key in result}
+                for part, where in still_and_moving(result["original"], model.target_cube).items():
+                    if (where & result["hidden"]).any():
+                        found |= {f"{key} {part}": psnr(result, key, where) for key in SCORED if key in result}
+                of = "oracle " if stats == "oracle" and cfg.stats == "both" else ""
+                for name, value in found.items():
+                    quality.setdefault(of + name, []).append(value)
+                if number >= drawn:
+                    continue
+                if ratio == cfg.ratios[0] and not of:
+                    columns.append(("original", "", result["original"]))
+                if not of:
+                    shown = f"{int((~mask).sum())} of {mask.numel()} cubes"
+                    columns.append((f"{ratio:.0%} masked", shown, result["masked"]))
+                for key, title in drawings:
+                    where = "oracle statistics" if stats == "oracle" else "visible statistics" * (cfg.stats == "both")
+                    note = f"{where}, {found[key]:.1f} dB" if where else f"{found[key]:.1f} dB"
+                    columns.append((title, note, result[key]))
     times = columns[0][2].shape[1]
     images = [(title, note, video[0].permute(0, 2, 3, 1).numpy()) for title, note, video in columns]
     save_columns(images, range(0, times, max(times // 8, 1)), out)
     if cfg.gif:
         stills = [save_columns(images, [t], None) for t in range(times)]
         stills[0].save(cfg.gif, save_all=True, append_images=stills[1:], duration=150, loop=0)
+    scores = {ratio: {name: sum(v) / len(v) for name, v in row.items()} for ratio, row in scores.items()}
     print(f"PSNR on masked pixels, mean over {len(clips)} clips, {cfg.mask} masks:")
     for ratio, row in scores.items():
-        print(f"  {ratio:.0%} masked: " + ", ".join(f"{k} {sum(v) / len(v):.2f} dB" for k, v in row.items()))
+        parts = {name: value for name, value in row.items() if name.endswith((" still", " moving"))}
+        print(f"  {ratio} masked: " + ", ".join(f"{name} {row[name]:.2f} dB" for name in row if name not in parts))
+        parts = [f"{name} {parts[f'model {name}']:.2f} dB" for name in ("still", "moving") if f"model {name}" in parts]
+        if parts:
+            print("    the model, on the third of the places that changes least, and most: " + ", ".join(parts))
+    about = dict(clips=len(clips), mask=cfg.mask, stats=cfg.stats, checkpoint=cfg.checkpoint, psnr=scores)
+    out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def save_columns(images, rows, out: Path | None) -> Image.Image:
@@ -427,6 +472,80 @@ def compare(path_a: str | Path, path_b: str | Path, out: str | Path, most: int =
     plt.close(figure)
 
 
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean, sample standard deviation, and each value."""
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.1f}{deviation} ({', '.join(f'{value:{sign}.1f}' for value in values)})"
+
+
+def verdict(gaps: list[float]) -> str:
+    """Whether the gaps of all seeds have the paper's sign, +; where seeds differ, how many might settle the mean's."""
+    if min(gaps) > 0 or max(gaps) < 0:
+        return "agrees" if min(gaps) > 0 else "**disagrees**"
+    mean, deviation = float(np.mean(gaps)), float(np.std(gaps, ddof=1)) if len(gaps) > 1 else 0.0
+    return (
+        f"**open**, {math.ceil((2 * deviation / mean) ** 2) + 1} seeds might tell" if mean and deviation else "**open**"
+    )
+
+
+def plot_results(found: dict, out: str | Path) -> None:
+    """Draw an experiment's rows: bars, or with an axis curves; dots are seeds, diamonds the paper's numbers."""
+    rows, unit = found["rows"], found.get("unit", "top-1, %")
+    figure = Figure(figsize=(6, 3 if "axis" in found else 1 + 0.24 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    places, lines = [], {}
+    for number, row in enumerate(rows):
+        x, _, series = row["label"].partition(", ") if "axis" in found else (number, "", "")
+        places.append(float(x))
+        lines.setdefault(series, []).append(number)
+    means = [np.mean(row["ours"]) for row in rows]
+    theirs = [(place, row["paper"]) for place, row in zip(places, rows, strict=True) if row["paper"]]
+    dots = [(place, value) for place, row in zip(places, rows, strict=True) for value in row["ours"]]
+    turn = (lambda points: points) if "axis" in found else (lambda points: [(y, x) for x, y in points])
+    axis.scatter(*zip(*turn(dots), strict=True), s=9, color="black", zorder=3, label="a seed")
+    if theirs:
+        axis.scatter(*zip(*turn(theirs), strict=True), s=22, marker="D", color="tab:red", zorder=3, label="the paper's")
+    if "axis" in found:
+        for series, members in lines.items():
+            order = sorted(members, key=places.__getitem__)
+            axis.plot([places[i] for i in order], [means[i] for i in order], label=series or "ours")
+        axis.set(xlabel=found["axis"], ylabel=unit)
+    else:
+        axis.barh(places, means, color="tab:blue", alpha=0.5)
+        axis.set_yticks(places, [row["label"] for row in rows], fontsize=7)
+        axis.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5))
+    axis.legend(fontsize=7)
+    figure.savefig(out, dpi=120)
+
+
+CLAIMS = ["| the paper | gap there | gap here: mean ± deviation (seeds) | direction |", "|---|---|---|---|"]
+
+
+def results_page(found: dict, page: Path) -> list[str]:
+    """Write an experiment's numbers as page.json, .md and .png; returns its lines of a table under CLAIMS.
+
+    `found`: title, note, seeds, minutes (of one core), commands; rows of label, paper (a number or None) and ours (one
+    number a seed); claims of text, paper (its gap) and ours (the gap of each seed); perhaps unit, and axis, with which
+    labels are `x, series`.
+    """
+    page.parent.mkdir(exist_ok=True)
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    plot_results(found, page.with_suffix(".png"))
+    number = lambda value, sign="": "" if value is None else f"{value:{sign}.1f}"
+    rows = [f"| {row['label']} | {number(row['paper'])} | {spread(row['ours'])} |" for row in found["rows"]]
+    claims = [
+        f"| {claim['text']} | {number(claim['paper'], '+')} | {spread(claim['ours'], '+')} | {verdict(claim['ours'])} |"
+        for claim in found["claims"]
+    ]
+    took = f"{found['minutes']:.0f} minutes of one core for seeds {', '.join(map(str, found['seeds']))}"
+    text = [f"# {found['title']}", "", f"![]({page.name}.png)", "",
+            f"| | paper | ours, {found.get('unit', 'top-1, %')} (each seed) |", "|---|---|---|", *rows, "", *CLAIMS,
+            *claims, "", found["note"], "", f"{took}, with the runs that other experiments share. Of seed 0:", "",
+            *(f"    python {command}" for command in found["commands"])]  # fmt: skip
+    page.with_suffix(".md").write_text("\n".join(text) + "\n")
+    return [f"| **[{found['title']}]({page}.md)** | | {took} | |", *claims]
+
+
 def example_clips(model: VideoMAE, stage: dict, stride: int, count: int) -> list[Tensor]:
     """Clips of videos drawn from the test part of what a model was trained on (from all where no test part is)."""
     paths = read_split(stage["data"], stage["splits"], stage["fold"], train=False).paths
@@ -454,8 +573,8 @@ def main(argv: list[str]) -> None:
     if cfg.compare:
         compare(*cfg.compare, out)
         return print(f"wrote {out}")
-    if cfg.stats == "oracle" and not model.normalize:
-        raise ValueError(f"{cfg.checkpoint} predicts pixels and needs no statistics: leave out --stats oracle")
+    if cfg.stats != "visible" and not model.normalize:
+        raise ValueError(f"{cfg.checkpoint} predicts pixels and needs no statistics: leave out --stats {cfg.stats}")
     if model.target == "center" and cfg.mask != "tube":
         raise ValueError(f"{cfg.checkpoint} predicts the central frame only: use --mask tube")
     stride = cfg.stride or stage["stride"]
@@ -465,7 +584,8 @@ def main(argv: list[str]) -> None:
         clips = example_clips(model, stage, stride, cfg.scored)
     if not clips:
         raise ValueError(f"no video of {stage['data']} can be read: name some with --videos")
-    make_figure(model, clips, len(clips) if cfg.videos else 2, cfg, out)
+    torch.manual_seed(cfg.seed)
+    make_figure(model, VideoMAE(**model.config).eval(), clips, len(clips) if cfg.videos else 2, cfg, out)
     print(f"wrote {out}" + (f" and {cfg.gif}" if cfg.gif else ""))
 
 

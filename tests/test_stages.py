@@ -51,7 +51,7 @@ def test_vectors_and_the_mask_token_do_not_decay(here, monkeypatch):
     assert len(decay["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-def test_pretrain_then_visualize(here, capsys):
+def test_pretrain_then_visualize(here, capsys, monkeypatch):
     pretrain.main(["--data", here, *TINY])
     for name in ("checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"):
         assert os.path.getsize(f"runs/pretrain-toy/{name}") > 1000
@@ -59,7 +59,7 @@ def test_pretrain_then_visualize(here, capsys):
     assert first["config"]["model"]["decoder_depth"] == 1 and first["predict_nothing"] == pytest.approx(1, abs=0.02)
     lines = [json.loads(line) for line in open("runs/pretrain-toy/log.jsonl")][1:]
     assert [line["step"] for line in lines] == list(range(1, 10))
-    peak, floor = 9.6e-2 * 8 / 256, 9.6e-4 * 8 / 256
+    peak, floor = 2.4e-2 * 8 / 256, 4.8e-3 * 8 / 256
     assert [line["lr"] for line in lines] == [data.cosine_lr(step, 9, 1, peak, floor) for step in range(9)]
     capsys.readouterr()
 
@@ -70,6 +70,17 @@ def test_pretrain_then_visualize(here, capsys):
     visualize.main(["--videos", video, "--stats", "oracle", "--out", "oracle.png", "--gif", "moving.gif"])
     assert "nothing" in capsys.readouterr().out
     assert Image.open("oracle.png").width > Image.open("tube.png").width / 2
+    seen = []
+    monkeypatch.setattr(visualize, "save_columns", lambda images, rows, out: seen.extend(images))
+    visualize.main(["--videos", video, "--stats", "both", "--ratios", "0.75", "--out", "both.png"])
+    assert [title for title, *_ in seen] == ["original", "75% masked", "reconstruction", "untrained model",
+                                             "reconstruction", "predict nothing", "untrained model"]  # fmt: skip
+    assert ["oracle" in note for _, note, _ in seen] == [False] * 4 + [True] * 3
+    scores, oracle = (json.load(open(f"{name}.json"))["psnr"]["75%"] for name in ("both", "oracle"))
+    assert all(scores[f"oracle {key}"] == value for key, value in oracle.items())  # the same, under other names
+    assert scores["oracle untrained"] > scores["untrained"] + 1  # what the leak gives a model that knows nothing
+    for key in ("model", "mean"):  # of the whole, what the still and the moving places have is a part
+        assert min(scores[f"{key} still"], scores[f"{key} moving"]) - 1 < scores[key]
     with Image.open("moving.gif") as gif:
         assert gif.n_frames == 8
     pretrain.main(["--data", here, "--resume", *TINY])  # nothing left to do

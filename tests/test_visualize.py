@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -182,3 +183,17 @@ def test_curves_of_both_stages(tmp_path, drawn):
     ]
     sizes = [Image.open(tmp_path / name).size for name in ("a.png", "b.png")]
     assert sizes[0] == (720, 420) and sizes[1] == (720, 840)
+
+
+def test_still_and_moving_places():
+    video = torch.zeros(1, 8, 3, 24, 24)
+    video[:, ::2, :, :8, :8] = 1  # one place of nine flickers much, one a little
+    video[:, ::2, 1, 8:16, 16:] = 0.5
+    parts = visualize.still_and_moving(video, (2, 8, 8))
+    assert all(part.shape == video.shape and part.dtype == torch.bool for part in parts.values())
+    assert not (parts["still"] & parts["moving"]).any()
+    for part in parts.values():  # three whole places each, the same in every frame and colour
+        assert part.float().mean() == pytest.approx(1 / 3) and (part == part[:, :1, :1]).all()
+        assert set(part[0, 0, 0].reshape(3, 8, 3, 8).float().mean(dim=(1, 3)).flatten().tolist()) == {0, 1}
+    assert parts["moving"][..., :8, :8].all() and parts["moving"][..., 8:16, 16:].all()
+    assert visualize.still_and_moving(video[:, :1], (2, 8, 8)) == {}
