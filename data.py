@@ -1229,19 +1229,21 @@ def prepare(
 # ------------------------------------------------------------------------------------------- the toy data set
 
 TOY = "datasets/toy"  # where it goes unless told otherwise
+STILL = "datasets/toy-still"  # and the one of waves that mostly stand still
 MOTIONS = (
     "Slide0", "Slide22", "Slide45", "Slide67", "Slide90", "Slide112", "Slide135", "Slide157",
     "Turn2", "Turn3", "Turn4", "Pulse",
 )  # fmt: skip
 
 
-def toy_video(motion: str, rng: np.random.Generator, size: int = 54) -> np.ndarray:
+def toy_video(motion: str, rng: np.random.Generator, size: int = 54, still: bool = False) -> np.ndarray:
     """One action video (T, size, size, 3) uint8, 36 to 48 frames: waves under heavy camera noise.
 
     The class is how the waves move: one way or the other along one of eight axes (SlideD, D degrees from rows), as a
     turning star of 2, 3 or 4 arms, or in and out as rings. Colours, wavelength, speed, sense, phase, centre and edge
     are random. The few numbers of a wave decide every cube of its clip, and each cube shows them only in part and
     through the noise: what pre-training can find out from videos alone, and what few labels hardly teach.
+    `still`: they move inside a disc only, a third of the frame, and stand still around it; a third of the noise.
     """
     frames, speed, wavelength = int(rng.integers(36, 49)), 1.25 * rng.uniform(0.75, 1.33), 24 * 2 ** rng.uniform(0, 1)
     phase, tilt, (cx, cy) = rng.uniform(0, 2 * np.pi), rng.uniform(-0.1, 0.1), rng.uniform(-0.25, 0.25, 2) * size
@@ -1254,11 +1256,14 @@ def toy_video(motion: str, rng: np.random.Generator, size: int = 54) -> np.ndarr
     else:
         along = np.hypot(x - cx, y - cy) / wavelength
     travelled = rng.choice([-1, 1]) * speed * np.arange(frames)[:, None, None] / wavelength
+    if still:
+        left, top = rng.uniform(-0.2, 0.2, 2) * size
+        travelled = travelled * (np.hypot(x - left, y - top) < 0.33 * size)
     wave = np.sin(2 * np.pi * (along - travelled) + phase)
     wave = np.tanh(3 * wave) if rng.random() < 0.5 else wave  # a hard edge, or a soft one
     colour, noise = rng.normal(size=3), rng.normal(size=(frames, size, size, 3))
     colour *= 0.42 * rng.uniform(0.7, 1.3) / np.linalg.norm(colour)
-    video = rng.uniform(0.35, 0.65, 3) + wave[..., None] * colour + 0.15 * noise
+    video = rng.uniform(0.35, 0.65, 3) + wave[..., None] * colour + (0.05 if still else 0.15) * noise
     return (255 * video).clip(0, 255).round().astype(np.uint8)
 
 
@@ -1274,12 +1279,12 @@ def _write_video(path: Path, video: np.ndarray) -> None:
 
 
 def _toy_file(job: tuple) -> None:
-    path, motion, seed = job
+    path, motion, seed, still = job
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_video(path, toy_video(motion, np.random.default_rng(seed)))
+    _write_video(path, toy_video(motion, np.random.default_rng(seed), still=still))
 
 
-def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0) -> None:
+def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0, still: bool = False) -> None:
     """Write the toy data set to folder `out` in UCF101's layout, split 1, unless it is there: half a minute, ours.
 
     out/MoveLeft/v_MoveLeft_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt. Labels are
@@ -1296,7 +1301,7 @@ def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0)
     for i in range(train + test):
         label, number = i % len(MOTIONS), i // len(MOTIONS)
         name = f"{MOTIONS[label]}/v_{MOTIONS[label]}_g{number + 1:02}_c01.avi"  # every scene its own group
-        jobs.append((part / name, MOTIONS[label], (seed, i)))
+        jobs.append((part / name, MOTIONS[label], (seed, i), still))
         lists["trainlist01.txt" if i < train else "testlist01.txt"].append(f"{name} {label + 1}" if i < train else name)
     with ProcessPoolExecutor() as pool:
         list(tqdm(pool.map(_toy_file, jobs, chunksize=16), f"writing {out}", len(jobs), unit="video"))
@@ -1315,6 +1320,7 @@ def main() -> None:
     toy.add_argument("--train", type=int, default=1200, help="training videos (default: %(default)s)")
     toy.add_argument("--test", type=int, default=600, help="test videos (default: %(default)s)")
     toy.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    toy.add_argument("--still", action="store_true", help="waves that move in a disc only and stand still around it")
     test = commands.add_parser("check", help="decode every video of a data set once; say what is missing or broken")
     test.add_argument("dataset", choices=CHECKED, help="own: any folder of videos, or a list")
     test.add_argument("--data", required=True, help="folder of the videos")

@@ -541,6 +541,15 @@ def test_toy_videos_are_reproducible_and_moving():
         assert calm.std(axis=(1, 2)).mean() > 10  # no flat pictures
 
 
+def test_still_toy_videos_move_in_a_disc_alone():
+    for motion in MOTIONS:
+        video = toy_video(motion, np.random.default_rng(5), still=True)
+        assert video.shape == toy_video(motion, np.random.default_rng(5)).shape
+        change = abs(video[6:].astype(float) - video[:-6]).mean(axis=(0, 3)).reshape(9, 6, 9, 6).mean(axis=(1, 3))
+        noise = 255 * 0.05 * 2 / np.pi**0.5  # of the difference of two noises
+        assert 0.5 < (change < 1.2 * noise).mean() < 0.9 and change.max() > 2 * noise  # most places stand still
+
+
 def test_waves_of_toy_videos_lie_across_their_axis():
     for seed in range(10):
         for motion, axis in (("Slide0", 2), ("Slide90", 1)):  # changes along columns, along rows
