@@ -1,0 +1,200 @@
+"""The paper's tables and figures at toy scale: make any of them again on two CPU cores.
+
+    python experiments.py table1b --seeds 3      # run one (or several, or all) with seeds 0, 1, 2, then report
+    python experiments.py all --jobs 4           # all of them, four processes at a time: hours
+    python experiments.py --report               # results/* and the README's table again, from runs/lab/*
+
+An experiment is a table of cells, each what stage commands on top of the toy recipes give; runs that several need are
+made once. Whatever ended it, the same command goes on. Expect results/NAME.md, .json and .png.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import engine
+import visualize
+from data import MOTIONS, STILL, TOY, make_toy, read_split
+from finetune import draw_shots
+
+LAB, RESULTS, README, MARK = Path("runs/lab"), Path("results"), Path("README.md"), "<!-- experiments.py -->\n"
+
+# A cell `PRE:DOWN@KEY` is what DOWN's command makes of pretrain.py with PRE's flags. The rest may be missing.
+PRETRAIN = {
+    "base": "", "depth1": "--decoder-depth 1", "depth4": "--decoder-depth 4",
+    "epochs10": "--epochs 10", "epochs20": "--epochs 20",
+    "tube90": "--ratio 0.9", "tube95": "--ratio 0.95", "random75": "--mask random", "frame75": "--mask frame",
+    "center": "--target center", "dense": "--stride 1", "double": "--target double", "l1": "--loss l1",
+    "few": f"--splits {LAB}/few-sSEED.txt", "few-long": f"--splits {LAB}/few-sSEED.txt --epochs 120 --warmup 4",
+    **{f"still{m and '-'}{m}": f"--data {STILL}{m and ' --mask '}{m}" for m in ("", "random", "frame")},
+}  # fmt: skip
+UNTRAINED = {"finetune.py": "--init none --init-scale 1 --base-lr 0.008", "linprobe.py": "--init random"}
+DOWN = {
+    "tuned": "finetune.py", "tuned40": "finetune.py --epochs 40", "still": f"finetune.py --data {STILL}",
+    "all25": "finetune.py --shots 25 --epochs 32 --warmup 3.2", "probe": "linprobe.py",
+    "all100": "finetune.py --shots 100 --epochs 8 --warmup 0.8",
+    **{f"leak-{m}": f"visualize.py --ratios 0.75 --scored 200 --mask {m}" for m in ("tube", "random", "frame")},
+}  # fmt: skip
+LEAK = [(mask, f"{pre}:leak-{mask}@{key}", who) for key, who in (("model", "model"), ("nearest", "copying"))
+        for mask, pre in (("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))]  # fmt: skip
+
+# Rows: label (with an axis `x, series`), the paper's top-1 in % (SSv2 unless it says K400), cell. Claims: what the
+# paper says, its gap, two (sums of) cells; without any, the paper's best row is better than each other one.
+EXPERIMENTS = {
+    "table1a": dict(title="Table 1a: decoder depth", rows=[
+        ("1 block", 68.5, "depth1"), ("2 blocks (toy)", 69.2, "base"), ("4 blocks", 69.6, "depth4")],
+        note="The toy encoder has 4 blocks, the paper's 12. The paper's 8-block decoder (69.3) was not run."),
+    "table1b": dict(title="Table 1b: masking", rows=[
+        ("tube 75 %", 68.0, "base"), ("tube 90 %", 69.6, "tube90"), ("random 75 % (paper: 90 %)", 68.3, "random75"),
+        ("frame 75 % (paper: 87.5 %)", 61.5, "frame75"),
+    ], claims=[("tubes beat random masks at one ratio", 1.3, "base", "random75"),
+               ("tubes beat frames", 6.5, "base", "frame75"), ("tubes: 90 % beats 75 %", 1.6, "tube90", "base"),
+    ], note="Toy clips have 4 slots of 2 frames: at 75 %, whole frames hide as many tokens as tubes do."),
+    "table1c": dict(title="Table 1c: target", rows=[
+        ("the central frame", 63.0, "center"), ("the clip, half the stride", 68.9, "dense"), ("the clip", 69.6, "base"),
+        ("the clip, twice the frames", 69.2, "double"),
+    ], note="Fine-tuning is the same in all rows, at the toy recipe's stride."),
+    "table1d": dict(title="Table 1d: pre-training or not", rows=[
+        ("scratch", 32.6, "none"), ("scratch, twice as long", None, "none:tuned40"), ("VideoMAE", 69.6, "base")],
+        note="Ours has 10 labels a class, the paper's all. Its image-supervised rows (61.8, 65.2) are not made here."),
+    "table1e": dict(title="Tables 1e, 4: another domain", rows=[
+        ("waves, pre-trained on waves", 69.6, "base"), ("waves, pre-trained on still", 68.5, "still"),
+        ("still, pre-trained on still (K400)", 80.0, "still:still"), ("still, from scratch (K400)", 68.8, "none:still"),
+        ("still, pre-trained on waves (K400)", 79.6, "base:still"),
+    ], claims=[("SSv2 is better for SSv2", 1.1, "base", "still"), ("K400 for K400", 0.4, "still:still", "base:still"),
+               ("the other domain is better than none", 10.8, "base:still", "none:still"),
+    ], note="In the place of SSv2 stand the toy waves, in that of K400 cleaner ones that move in a disc only."),
+    "table1f": dict(title="Table 1f: loss", rows=[("L1", 69.1, "l1"), ("MSE", 69.6, "base")],
+        note="The toy recipe predicts pixels in 0 to 1, where smooth L1 (68.9) is half the MSE: no row of its own."),
+    "table2": dict(title="Table 2: data efficiency", axis="videos, all labelled", rows=[
+        ("1200, VideoMAE", 80.0, "base:all100"), ("300, VideoMAE", 91.3, "few-long:all25"),
+        ("1200, scratch", 68.8, "none:all100"), ("300, scratch", 51.4, "none:all25"),
+    ], claims=[("it helps with 240k videos (ours 1200)", 11.2, "base:all100", "none:all100"),
+               ("with 9.5k (ours 300)", 39.9, "few-long:all25", "none:all25"),
+               ("there by more", 28.7, "few-long:all25 + none:all100", "none:all25 + base:all100"),
+    ], note="Ours: as many steps for 300 as for 1200; K400 (68.8, 80.0) and UCF101 differ in more than size."),
+    "table3": dict(title="Table 3: fine-tuning or probe", rows=[
+        ("fine-tuned", 69.6, "base"), ("probe", 38.9, "base:probe"), ("20 epochs, fine-tuned", None, "epochs20"),
+        ("20 epochs, probe", None, "epochs20:probe"), ("scratch", 32.6, "none"), ("its probe", None, "none:probe")],
+        note="MoCo v3 (54.2, probe 33.7, in 3.2 times the hours) is not made here: this says nothing about its time."),
+    "figure3": dict(title="Figure 3: mask ratio", axis="tokens hidden by tubes, %", rows=[
+        ("75", 68.0, "base"), ("90", 69.6, "tube90"), ("95", None, "tube95")],
+        note="The paper prints numbers for 75 and 90 % alone, and says that 95 % still does well."),
+    "figure4": dict(title="Figure 4: a part of the videos", axis="videos in pre-training, %", rows=[
+        ("100, same steps", 69.6, "base"), ("25, same steps", 68.7, "few-long"), ("25, same epochs", None, "few"),
+    ], claims=[("all beat a quarter", 0.9, "base", "few-long"), ("a quarter: longer helps", None, "few-long", "few"),
+    ], note="The paper prints 69.6 and, for 42k videos (a quarter), 68.7."),
+    "figure5": dict(title="Figure 5: schedule", axis="epochs of pre-training", rows=[
+        ("10", None, "epochs10"), ("20", None, "epochs20"), ("30", None, "base")],
+        claims=[("longer is better", None, "base", "epochs20")], note="The paper prints no numbers: slight gains."),
+    "figure7": dict(title="Figures 7, 8: gains", note="Over scratch; the paper's are over image pre-training.", rows=[
+        (name + how, None, f"{pre}@{name}") for name in MOTIONS for pre, how in (("base", ""), ("none", ", scratch"))
+    ], claims=[(f"{name} gains", None, f"base@{name}", f"none@{name}") for name in MOTIONS]),
+    "leak": dict(title="Section 3.2: what leaks", unit="dB", rows=[
+        (f"{mask}, {part}, {who}", None, f"{cell} {part}") for mask, cell, who in LEAK for part in ("still", "moving")
+    ], claims=[(f"{mask} masks give {part} places away, {who}", None, f"{cell} {part}", f"{LEAK[i - i % 3][1]} {part}")
+               for i, (mask, cell, who) in enumerate(LEAK) if i % 3 for part in ("still", "moving")
+    ], note="Waves move in a disc only; 36 of 144 tokens are visible. Copying: of the nearest visible cube, no model."),
+}  # fmt: skip
+
+
+def jobs_of(cell: str, seed: int) -> list[tuple[str, list[str], Path]]:
+    """A cell's commands in order: (name below runs/lab, arguments of python, file that exists when it is done)."""
+    pre, _, down = cell.partition("@")[0].partition(":")
+    folder, named, down = f"{pre}-s{seed}", f"--seed {seed} --name lab/", down or "tuned"
+    argv, name, weights = DOWN[down], f"{folder}-{down}", f"{LAB}/{folder}/checkpoint.pt"
+    product, jobs = LAB / name / "results.json", []
+    if pre in PRETRAIN:
+        pretrain = f"pretrain.py {PRETRAIN[pre].replace('SEED', str(seed))} --resume {named}{folder}"
+        jobs = [(folder, pretrain.split(), LAB / folder / "reconstruction.png")]
+    if argv.startswith("visualize.py"):
+        argv, product = f"{argv} --checkpoint {weights} --out {LAB}/{name}.png", LAB / f"{name}.json"
+    else:
+        init = f"--init {weights}" if jobs else UNTRAINED[argv.split()[0]]
+        argv = f"{argv} {init} {named}{name}" + " --resume" * argv.startswith("finetune.py")
+    return [*jobs, (name, argv.split(), product)]
+
+
+def run(name: str, argv: list[str], product: Path, threads: int) -> None:
+    """Do a job that is not done. ValueError if it fails, or if another command made what is there."""
+    record = LAB / f"{name}.job"  # the command, and the seconds of processor time of all attempts
+    about = json.loads(record.read_text()) if record.exists() else dict(command=argv, seconds=0)
+    if about["command"] != argv:
+        raise ValueError(f"{LAB}/{name} was made by another command: remove {LAB}/{name}*")
+    if not product.exists():
+        print(shlex.join(["python", *argv]), flush=True)
+        record.write_text(json.dumps(about))
+        with open(LAB / f"{name}.log", "a") as log:
+            how = dict(stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+            process = subprocess.Popen([sys.executable, *argv], **how)
+            used = os.wait4(process.pid, 0)[2]
+        record.write_text(json.dumps(about | dict(seconds=about["seconds"] + used.ru_utime + used.ru_stime)))
+    if not product.exists():
+        raise ValueError(f"python {shlex.join(argv)} did not finish, see {LAB}/{name}.log; the same command goes on")
+
+
+def value(cell: str, seed: int) -> float:
+    """A cell's number: top-1 in %, that of the class KEY, or KEY's PSNR in dB."""
+    key, product = cell.partition("@")[2], jobs_of(cell, seed)[-1][2]
+    if key in MOTIONS:
+        return visualize.class_accuracy(visualize.read_predictions(product.with_name("predictions.csv")))[key][0]
+    return json.loads(product.read_text())["psnr"]["75%"][key] if key else json.loads(product.read_text())["top1"]
+
+
+def measure(name: str, seeds: range) -> dict:
+    """An experiment with the numbers of those seeds that are complete, from the files of their runs."""
+    rows, claims = EXPERIMENTS[name]["rows"], EXPERIMENTS[name].get("claims")
+    jobs = {seed: {job[0]: job for *_, cell in rows for job in jobs_of(cell, seed)} for seed in seeds}
+    seeds = [seed for seed in seeds if all(product.exists() for *_, product in jobs[seed].values())]
+    numbers = lambda cells: [sum(value(cell, seed) for cell in cells.split(" + ")) for seed in seeds]
+    gaps = lambda more, less: [a - b for a, b in zip(numbers(more), numbers(less), strict=True)]
+    if not claims:
+        best, *others = sorted((row for row in rows if row[1]), key=lambda row: -row[1])
+        claims = [(f"{best[0]}: better than {row[0]}", best[1] - row[1], best[2], row[2]) for row in others]
+    seconds = [json.loads((LAB / f"{job}.job").read_text())["seconds"] for seed in seeds for job in jobs[seed]]
+    return EXPERIMENTS[name] | dict(
+        rows=[dict(label=label, paper=paper, ours=numbers(cell)) for label, paper, cell in rows],
+        claims=[dict(text=text, paper=gap, ours=gaps(more, less)) for text, gap, more, less in claims],
+        seeds=seeds, minutes=sum(seconds) / 60, commands=[shlex.join(argv) for _, argv, _ in jobs[0].values()],
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(EXPERIMENTS)}")
+    for flag, default, text in (("--seeds", 3, "seeds 0 to N - 1"), ("--jobs", 2, "commands at a time")):
+        parser.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    args = parser.parse_args(argv)
+    names, seeds = list(EXPERIMENTS) if args.names == ["all"] else args.names, range(args.seeds)
+    if set(names) - set(EXPERIMENTS) or min(args.seeds, args.jobs) < 1 or bool(names) == args.report:
+        raise ValueError(f"name all or some of {', '.join(EXPERIMENTS)}, or --report; --seeds and --jobs from 1 on")
+    threads, pool = max((os.cpu_count() or 1) // args.jobs, 1), ThreadPoolExecutor(args.jobs)
+    try:
+        for seed in seeds if names else ():
+            make_toy(TOY)
+            make_toy(STILL, still=True)
+            few = sorted(path.relative_to(TOY) for path in draw_shots(read_split(TOY), 25, seed).paths)
+            LAB.mkdir(parents=True, exist_ok=True)
+            (LAB / f"few-s{seed}.txt").write_text("".join(f"{path}\n" for path in few))
+            chains = {}  # of a pre-training and what needs it, one after another
+            for first, *others in (jobs_of(cell, seed) for name in names for *_, cell in EXPERIMENTS[name]["rows"]):
+                chains.setdefault(first[0], {first[0]: first}).update({job[0]: job for job in others})
+            list(pool.map(lambda chain: [run(*job, threads) for job in chain.values()], chains.values()))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    table, (before, mark, after) = [], README.read_text().partition(MARK)
+    for found, page in ((measure(name, seeds), RESULTS / name) for name in EXPERIMENTS):
+        table += visualize.results_page(found, page) if found["seeds"] else []
+    if table and mark:
+        README.write_text(before + mark + "\n".join(visualize.CLAIMS + table) + "\n" + mark + after.partition(MARK)[2])
+    print(f"wrote {RESULTS}/*.md, .png and .json" if table else "nothing is complete")
+
+
+if __name__ == "__main__":
+    engine.cli(main)
