@@ -93,6 +93,9 @@ def test_hours_of_a_recipe(tmp_path, monkeypatch, capsys):
     assert ucf101["clips"] == 3200 * 49 * 192  # 49 whole batches of 9,537 videos
     assert ucf101["A100"] == "60-89"  # 3.01e19 FLOPs at 45 and 30 % of 312 TFLOP/s
     assert ucf101["A100 cores"] == "9-14"  # 93.6 to 140.4 clips/s, 10 a core
+    short = rows["ucf101-short"]
+    assert short["clips"] == 2 * 400 * 49 * 192 and short["A100 cores"] == "5-7"  # two clips of a video, read at once
+    assert (tmp_path / "ucf101-expected.png").exists()
     assert ucf101["authors_tflops"] == pytest.approx(34.8, abs=0.1)  # in 240 GPU-hours
     assert "cores a H100" in capsys.readouterr().out
 
