@@ -514,7 +514,7 @@ def plot_results(found: dict, out: str | Path) -> None:
         axis.barh(places, means, color="tab:blue", alpha=0.5)
         axis.set_yticks(places, [row["label"] for row in rows], fontsize=7)
         axis.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5))
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(out, dpi=120)
 
 
@@ -522,7 +522,7 @@ CLAIMS = ["| the paper | gap there | gap here: mean ± deviation (seeds) | direc
 
 
 def results_page(found: dict, page: Path) -> list[str]:
-    """Write an experiment's numbers as page.json, .md and .png; returns its lines of a table under CLAIMS.
+    """Write an experiment's numbers as page.json, .md and .png; returns its lines (or one) of a table under CLAIMS.
 
     `found`: title, note, seeds, minutes (of one core), commands; rows of label, paper (a number or None) and ours (one
     number a seed); claims of text, paper (its gap) and ours (the gap of each seed); perhaps unit, and axis, with which
@@ -537,12 +537,15 @@ def results_page(found: dict, page: Path) -> list[str]:
         f"| {claim['text']} | {number(claim['paper'], '+')} | {spread(claim['ours'], '+')} | {verdict(claim['ours'])} |"
         for claim in found["claims"]
     ]
-    took = f"{found['minutes']:.0f} minutes of one core for seeds {', '.join(map(str, found['seeds']))}"
+    took = f"{found['minutes']:.0f} minutes of one core, {len(found['seeds'])} seeds"
     text = [f"# {found['title']}", "", f"![]({page.name}.png)", "",
             f"| | paper | ours, {found.get('unit', 'top-1, %')} (each seed) |", "|---|---|---|", *rows, "", *CLAIMS,
             *claims, "", found["note"], "", f"{took}, with the runs that other experiments share. Of seed 0:", "",
             *(f"    python {command}" for command in found["commands"])]  # fmt: skip
     page.with_suffix(".md").write_text("\n".join(text) + "\n")
+    if len(claims) > 8:
+        said = Counter(verdict(claim["ours"]).partition(",")[0] for claim in found["claims"])
+        claims = [f"| {len(claims)} claims | | | {', '.join(f'{number} {word}' for word, number in said.items())} |"]
     return [f"| **[{found['title']}]({page}.md)** | | {took} | |", *claims]
 
 

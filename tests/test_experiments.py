@@ -119,7 +119,7 @@ def test_report(lab, capsys):
     assert sorted(path.name for path in experiments.RESULTS.iterdir()) == ["table1f.json", "table1f.md", "table1f.png"]
     assert json.loads((experiments.RESULTS / "table1f.json").read_text()) == json.loads(json.dumps(found))
     page = (experiments.RESULTS / "table1f.md").read_text()
-    assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) |" in page and "8 minutes of one core for seeds 0, 1" in page
+    assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) |" in page and "8 minutes of one core, 2 seeds" in page
     assert "    python pretrain.py --loss l1 --resume --seed 0 --name lab/l1-s0\n" in page
 
 
