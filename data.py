@@ -1284,13 +1284,13 @@ def _toy_file(job: tuple) -> None:
     _write_video(path, toy_video(motion, np.random.default_rng(seed), still=still))
 
 
-def make_toy(out: str | Path, train: int = 1200, test: int = 600, seed: int = 0, still: bool = False) -> None:
+def make_toy(out: str | Path | None, train: int = 1200, test: int = 600, seed: int = 0, still: bool = False) -> None:
     """Write the toy data set to folder `out` in UCF101's layout, split 1, unless it is there: half a minute, ours.
 
     out/MoveLeft/v_MoveLeft_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt. Labels are
     balanced. The folder appears only when it is complete. ValueError if `out` exists and is something else.
     """
-    out = Path(out)
+    out = Path(out or (STILL if still else TOY))
     if (out / "ucfTrainTestlist" / "testlist01.txt").is_file():
         return
     if out.exists():
@@ -1316,7 +1316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data set")
-    toy.add_argument("--out", default=TOY, help="folder to write (default: %(default)s)")
+    toy.add_argument("--out", help=f"folder to write (default: {TOY}, with --still {STILL})")
     toy.add_argument("--train", type=int, default=1200, help="training videos (default: %(default)s)")
     toy.add_argument("--test", type=int, default=600, help="test videos (default: %(default)s)")
     toy.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")

@@ -429,9 +429,11 @@ def write_results(run: Path, test: Split, scores: Tensor, view_classes: Tensor, 
     """Leave results.json (with `about`), predictions.csv and classes.png in a run's folder; returns the accuracies."""
     result = accuracies(scores, view_classes, test.labels)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "results.json").write_text(json.dumps(about | result, indent=1) + "\n")
     write_predictions(run / "predictions.csv", test, scores)
     visualize.plot_classes(run / "predictions.csv", run / "classes.png")
+    part = run / "results.part"  # results.json appears last, and whole: it says that the rest is there
+    part.write_text(json.dumps(about | result, indent=1) + "\n")
+    os.replace(part, run / "results.json")
     return result
 
 

@@ -6,8 +6,8 @@
     python visualize.py --compare A.csv B.csv --out figure.png        # two predictions.csv: which classes gain and lose
 
 Time runs down; for each clip the original and, for every ratio, what the model saw and what it made of it (visible
-cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model, and writes it to a .json
-beside the figure, there also for the third of the places that changes least in time and the third that changes most.
+cubes pasted in). Prints PSNR over the masked pixels beside two baselines that need no model. FIGURE-psnr.json beside
+it holds that too, and apart for the third of the places that changes least in time and the third that changes most.
 
 A model trained on normalised cubes predicts each cube only up to its mean and contrast. --stats visible, the default,
 takes these from the visible cubes around, so that nothing hidden is used. --stats oracle takes the hidden cubes' own,
@@ -139,7 +139,7 @@ def psnr(result: dict[str, Tensor], key: str, where: Tensor | None = None) -> fl
     """Peak signal-to-noise ratio of one of reconstruct's videos over the masked pixels, in dB; of those in `where`, a
     bool mask of pixels like result["hidden"], if given."""
     hidden = result["hidden"] if where is None else result["hidden"] & where
-    return float(-10 * torch.log10((result[key] - result["original"])[hidden].square().mean()))
+    return float(-10 * torch.log10((result[key] - result["original"])[hidden].square().mean().clamp(min=1e-10)))
 
 
 SCORED = ("model", "nearest", "mean", "nothing", "untrained")  # of reconstruct's videos, and that of an untrained model
@@ -165,14 +165,14 @@ def still_and_moving(video: Tensor, cube) -> dict[str, Tensor]:
 def make_figure(model, fresh, clips: list[Tensor], drawn: int, cfg: Config, out: Path) -> None:
     """Draw the first clips (1, T, C, H, W) to `out`; print and write (.json) each ratio's mean PSNR over all clips.
 
-    `fresh` is the same model untrained, which stands beside every use of oracle statistics.
+    `fresh` is the same model untrained, which stands beside every use of oracle statistics (None where there is none).
     """
     columns, scores = [], {}
     for number, clip in enumerate(clips):
         for ratio in cfg.ratios:
             generator = torch.Generator().manual_seed(derive_seed(4, cfg.seed, number))
             mask = MASKS[cfg.mask](1, model.encoder.grid, ratio, generator)
-            quality = scores.setdefault(f"{ratio:.0%}", {})
+            quality = scores.setdefault(f"{100 * ratio:.4g}%", {})
             for stats in ("visible", "oracle") if cfg.stats == "both" else (cfg.stats,):
                 result = reconstruct(model, clip, mask, stats)
                 drawings = [("model", "reconstruction")]
@@ -181,11 +181,12 @@ def make_figure(model, fresh, clips: list[Tensor], drawn: int, cfg: Config, out:
                     drawings.append(("untrained", "untrained model"))
                 if stats == "oracle":
                     drawings.insert(1, ("nothing", "predict nothing"))
-                found = {key: psnr(result, key) for key in SCORED if key in result}
+                of = "oracle " if stats == "oracle" and cfg.stats == "both" else ""
+                keys = [key for key in SCORED if key in result and not (of and key in ("nearest", "mean"))]
+                found = {key: psnr(result, key) for key in keys}
                 for part, where in still_and_moving(result["original"], model.target_cube).items():
                     if (where & result["hidden"]).any():
-                        found |= {f"{key} {part}": psnr(result, key, where) for key in SCORED if key in result}
-                of = "oracle " if stats == "oracle" and cfg.stats == "both" else ""
+                        found |= {f"{key} {part}": psnr(result, key, where) for key in keys}
                 for name, value in found.items():
                     quality.setdefault(of + name, []).append(value)
                 if number >= drawn:
@@ -194,7 +195,7 @@ def make_figure(model, fresh, clips: list[Tensor], drawn: int, cfg: Config, out:
                     columns.append(("original", "", result["original"]))
                 if not of:
                     shown = f"{int((~mask).sum())} of {mask.numel()} cubes"
-                    columns.append((f"{ratio:.0%} masked", shown, result["masked"]))
+                    columns.append((f"{100 * ratio:.4g}% masked", shown, result["masked"]))
                 for key, title in drawings:
                     where = "oracle statistics" if stats == "oracle" else "visible statistics" * (cfg.stats == "both")
                     note = f"{where}, {found[key]:.1f} dB" if where else f"{found[key]:.1f} dB"
@@ -214,7 +215,7 @@ def make_figure(model, fresh, clips: list[Tensor], drawn: int, cfg: Config, out:
         if parts:
             print("    the model, on the third of the places that changes least, and most: " + ", ".join(parts))
     about = dict(clips=len(clips), mask=cfg.mask, stats=cfg.stats, checkpoint=cfg.checkpoint, psnr=scores)
-    out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    out.with_name(f"{out.stem}-psnr.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def save_columns(images, rows, out: Path | None) -> Image.Image:
@@ -478,14 +479,21 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{np.mean(values):{sign}.1f}{deviation} ({', '.join(f'{value:{sign}.1f}' for value in values)})"
 
 
+STUDENT = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # t, 97.5 %, by degrees of freedom
+
+
 def verdict(gaps: list[float]) -> str:
-    """Whether the gaps of all seeds have the paper's sign, +; where seeds differ, how many might settle the mean's."""
-    if min(gaps) > 0 or max(gaps) < 0:
-        return "agrees" if min(gaps) > 0 else "**disagrees**"
-    mean, deviation = float(np.mean(gaps)), float(np.std(gaps, ddof=1)) if len(gaps) > 1 else 0.0
-    return (
-        f"**open**, {math.ceil((2 * deviation / mean) ** 2) + 1} seeds might tell" if mean and deviation else "**open**"
-    )
+    """Whether the mean gap has the paper's sign, +: "agrees" or "disagrees" if zero lies outside of its 95 % interval
+    (Student's t), else what it leans to, and how many seeds of this spread would put zero outside."""
+    count, mean = len(gaps), float(np.mean(gaps))
+    deviation = float(np.std(gaps, ddof=1)) if count > 1 else math.inf
+    t = lambda n: STUDENT[n - 1] if n <= len(STUDENT) else 1.96 + 2.8 / (n - 1)
+    settles = lambda n: mean != 0 and t(n) * deviation / math.sqrt(n) < abs(mean)
+    side = "agree" if mean > 0 else "**disagree**"
+    if count > 1 and settles(count):
+        return side.replace("agree", "agrees")
+    needed = next((n for n in range(count + 1, 1000) if count > 1 and settles(n)), None)
+    return f"leans to {side}" * (mean != 0) + "open" * (mean == 0) + f" ({needed} seeds)" * bool(needed)
 
 
 def plot_results(found: dict, out: str | Path) -> None:
@@ -502,13 +510,16 @@ def plot_results(found: dict, out: str | Path) -> None:
     theirs = [(place, row["paper"]) for place, row in zip(places, rows, strict=True) if row["paper"]]
     dots = [(place, value) for place, row in zip(places, rows, strict=True) for value in row["ours"]]
     turn = (lambda points: points) if "axis" in found else (lambda points: [(y, x) for x, y in points])
-    axis.scatter(*zip(*turn(dots), strict=True), s=9, color="black", zorder=3, label="a seed")
+    if "axis" not in found:
+        axis.scatter(*zip(*turn(dots), strict=True), s=9, color="black", zorder=3, label="a seed")
     if theirs:
         axis.scatter(*zip(*turn(theirs), strict=True), s=22, marker="D", color="tab:red", zorder=3, label="the paper's")
     if "axis" in found:
-        for series, members in lines.items():
+        for color, (series, members) in enumerate(lines.items()):
             order = sorted(members, key=places.__getitem__)
-            axis.plot([places[i] for i in order], [means[i] for i in order], label=series or "ours")
+            axis.plot([places[i] for i in order], [means[i] for i in order], color=f"C{color}", label=series or "ours")
+            own = [(places[i], value) for i in order for value in rows[i]["ours"]]
+            axis.scatter(*zip(*own, strict=True), s=9, color=f"C{color}", zorder=3)
         axis.set(xlabel=found["axis"], ylabel=unit)
     else:
         axis.barh(places, means, color="tab:blue", alpha=0.5)
@@ -518,35 +529,60 @@ def plot_results(found: dict, out: str | Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+MARK = "<!-- experiments.py -->\n"  # before and after the README's table
 CLAIMS = ["| the paper | gap there | gap here: mean ± deviation (seeds) | direction |", "|---|---|---|---|"]
 
 
-def results_page(found: dict, page: Path) -> list[str]:
-    """Write an experiment's numbers as page.json, .md and .png; returns its lines (or one) of a table under CLAIMS.
+def results_page(found: dict, page: Path) -> None:
+    """Write an experiment's numbers as page.json, .md and .png.
 
     `found`: title, note, seeds, minutes (of one core), commands; rows of label, paper (a number or None) and ours (one
     number a seed); claims of text, paper (its gap) and ours (the gap of each seed); perhaps unit, and axis, with which
     labels are `x, series`.
     """
     page.parent.mkdir(exist_ok=True)
-    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     plot_results(found, page.with_suffix(".png"))
-    number = lambda value, sign="": "" if value is None else f"{value:{sign}.1f}"
+    number = lambda value: "" if value is None else f"{value:.1f}"
     rows = [f"| {row['label']} | {number(row['paper'])} | {spread(row['ours'])} |" for row in found["rows"]]
-    claims = [
-        f"| {claim['text']} | {number(claim['paper'], '+')} | {spread(claim['ours'], '+')} | {verdict(claim['ours'])} |"
-        for claim in found["claims"]
-    ]
-    took = f"{found['minutes']:.0f} minutes of one core, {len(found['seeds'])} seeds"
+    unit, seeds = found.get("unit", "top-1, %"), ", ".join(map(str, found["seeds"]))
     text = [f"# {found['title']}", "", f"![]({page.name}.png)", "",
-            f"| | paper | ours, {found.get('unit', 'top-1, %')} (each seed) |", "|---|---|---|", *rows, "", *CLAIMS,
-            *claims, "", found["note"], "", f"{took}, with the runs that other experiments share. Of seed 0:", "",
+            f"| | paper | ours, {unit}: mean ± deviation (seeds {seeds}) |", "|---|---|---|", *rows, "",
+            *CLAIMS, *claim_lines(found), "", found["note"], "",
+            f"{found['minutes']:.0f} minutes of one core, with the runs that other experiments share. Of seed 0:", "",
             *(f"    python {command}" for command in found["commands"])]  # fmt: skip
     page.with_suffix(".md").write_text("\n".join(text) + "\n")
-    if len(claims) > 8:
-        said = Counter(verdict(claim["ours"]).partition(",")[0] for claim in found["claims"])
-        claims = [f"| {len(claims)} claims | | | {', '.join(f'{number} {word}' for word, number in said.items())} |"]
-    return [f"| **[{found['title']}]({page}.md)** | | {took} | |", *claims]
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def claim_lines(found: dict) -> list[str]:
+    """The lines of an experiment's claims in a table under CLAIMS."""
+    gap = lambda claim: "" if claim["paper"] is None else f"{claim['paper']:+.1f}"
+    return [f"| {c['text']} | {gap(c)} | {spread(c['ours'], '+')} | {verdict(c['ours'])} |" for c in found["claims"]]
+
+
+def report(experiments: dict[str, dict], folder: Path, readme: Path) -> None:
+    """Write the pages of experiments (see results_page) that have seeds, and all pages' claims between the README's two
+    marks. A page of more seeds than are here now is kept."""
+    lines = [*CLAIMS]
+    for name, found in experiments.items():
+        page = folder / name
+        old = json.loads(page.with_suffix(".json").read_text()) if page.with_suffix(".json").exists() else None
+        if old and len(old["seeds"]) > len(found["seeds"]):
+            print(f"{page}.md is of {len(old['seeds'])} seeds, here are {len(found['seeds'])}: kept")
+            found = old
+        elif found["seeds"]:
+            results_page(found, page)
+            print(f"wrote {page}.md, .png and .json")
+        if found["seeds"]:
+            claims, count = claim_lines(found), Counter(verdict(c["ours"]).split(" (")[0] for c in found["claims"])
+            if len(claims) > 8:
+                claims = [f"| {len(claims)} claims | | | {', '.join(f'{n} {said}' for said, n in count.items())} |"]
+            about = f"{found['minutes']:.0f} minutes of one core, {len(found['seeds'])} seeds"
+            lines += [f"| **[{found['title']}]({page}.md)** | | {about} | |", *claims]
+    parts = readme.read_text().split(MARK) if readme.exists() else []
+    if len(parts) == 3 and len(lines) > len(CLAIMS):
+        readme.write_text(MARK.join([parts[0], "\n".join(lines) + "\n", parts[2]]))
+        print(f"wrote the table in {readme}")
 
 
 def example_clips(model: VideoMAE, stage: dict, stride: int, count: int) -> list[Tensor]:
@@ -588,7 +624,8 @@ def main(argv: list[str]) -> None:
     if not clips:
         raise ValueError(f"no video of {stage['data']} can be read: name some with --videos")
     torch.manual_seed(cfg.seed)
-    make_figure(model, VideoMAE(**model.config).eval(), clips, len(clips) if cfg.videos else 2, cfg, out)
+    fresh = VideoMAE(**model.config).eval() if cfg.stats != "visible" else None
+    make_figure(model, fresh, clips, len(clips) if cfg.videos else 2, cfg, out)
     print(f"wrote {out}" + (f" and {cfg.gif}" if cfg.gif else ""))
 
 

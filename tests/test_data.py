@@ -527,6 +527,9 @@ def test_toy_data_set_has_ucf101s_layout(tmp_path):
     frames = read_frames(train.paths[0], lambda total: list(range(total)))
     assert 36 <= len(frames) <= 48 and frames.shape[2:] == (54, 54)
     make_toy(tmp_path / "toy")  # is there: nothing happens
+    make_toy(tmp_path / "still", train=24, test=12, still=True)
+    other = tmp_path / "still" / train.paths[0].relative_to(tmp_path / "toy")
+    assert other.read_bytes() != train.paths[0].read_bytes()
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="other exists"):
         make_toy(tmp_path / "other")

@@ -1,6 +1,12 @@
 """The experiments: their commands are valid, are made once and go on; reports say what the runs' files say."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +19,7 @@ import pretrain
 import visualize
 from experiments import EXPERIMENTS, jobs_of, measure, run, value
 
+HERE = Path(experiments.__file__).parent
 STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
 CELLS = sorted({cell for experiment in EXPERIMENTS.values() for *_, cell in experiment["rows"]})
 
@@ -35,21 +42,32 @@ def finish(cell, seed, **found):
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_command_is_one_its_stage_accepts(cell):
     for name, (script, *flags), product in jobs_of(cell, 1):
+        line = " ".join(flags)
         if script == "visualize.py":
-            engine.parse_config(visualize.Config, flags, "", {"": {}})
-            assert product.with_suffix(".png") == experiments.LAB / f"{name}.png"
-            continue
-        _, cfg = engine.parse_config(STAGES[script].Config, flags, "", STAGES[script].PRESETS)
-        assert cfg.seed == 1 and f"runs/{cfg.name}" == str(product.parent) and "SEED" not in " ".join(flags)
+            _, cfg = engine.parse_config(visualize.Config, flags, "", {"": {}})
+            assert cfg.out == f"{experiments.LAB / name}.png" and product.name == f"{name}-psnr.json"
+        else:
+            _, cfg = engine.parse_config(STAGES[script].Config, flags, "", STAGES[script].PRESETS)
+            assert f"runs/{cfg.name}" == str(product.parent) and "SEED" not in line
+        assert cfg.seed == 1 and "-s0" not in line and not ("checkpoint.pt" in line and "-s1/checkpoint.pt" not in line)
         if script == "pretrain.py":
             assert cfg.warmup < cfg.epochs
 
 
-def test_cells_of_claims_are_cells_of_rows():
-    for experiment in EXPERIMENTS.values():
-        cells = {cell for *_, cell in experiment["rows"]}
-        for _, _, more, less in experiment.get("claims", []):
-            assert {*more.split(" + "), *less.split(" + ")} <= cells
+def test_names_that_are_none():
+    for cell in ("epoch20", "base:tune"):
+        with pytest.raises(KeyError):
+            jobs_of(cell, 0)
+
+
+def test_claims_are_about_the_rows_and_say_what_the_paper_says():
+    for name, experiment in EXPERIMENTS.items():
+        paper = {cell: number for _, number, cell in experiment["rows"]}
+        for text, gap, more, less in experiment.get("claims", []):
+            assert {*more.split(" + "), *less.split(" + ")} <= set(paper)
+            if gap is not None and text != "tubes beat random masks at one ratio":  # the paper's are both at 90 %
+                numbers = [sum(paper[cell] for cell in side.split(" + ")) for side in (more, less)]
+                assert numbers[0] - numbers[1] == pytest.approx(gap), (name, text)
 
 
 def test_cells_share_their_pretraining():
@@ -71,17 +89,48 @@ def test_a_job_runs_once_and_goes_on(lab, tmp_path):
     assert first > 0 and (lab / "a.log").read_text() == "3\nno\n"
     run(*job, 1)
     second = json.loads((lab / "a.job").read_text())["seconds"]
-    assert second > first
+    assert second > first and not experiments.RUNNING
     run(*job, 1)
     assert (tmp_path / "tries").read_text() == "xx" and json.loads((lab / "a.job").read_text())["seconds"] == second
-    with pytest.raises(ValueError, match="runs/lab/a was made by another command: remove"):
+    with pytest.raises(ValueError, match="runs/lab/a.job names another command: remove it and runs/lab/a$"):
         run("a", ["stage.py", "other"], tmp_path / "made", 1)
+    (lab / "a.job").unlink()  # killed between the two: it is asked again, and says that nothing is left to do
+    run(*job, 1)
+    assert (tmp_path / "tries").read_text() == "xxx" and (lab / "a.job").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_series_stops_its_commands(lab, tmp_path, number):
+    """Both signals, to the series alone: the stage gets SIGTERM, and no other command begins."""
+    (tmp_path / "series.py").write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport data, experiments\n"
+        "nothing = lambda *a, **k: data.Split([], [], [])\n"
+        "experiments.make_toy = experiments.read_split = experiments.draw_shots = nothing\n"
+        "jobs = lambda cell, seed: [(cell, ['stage.py', cell], experiments.LAB / f'{cell}.made')]\n"
+        "experiments.jobs_of = jobs\nexperiments.main(['table1b', '--jobs', '1'])"
+    )
+    (tmp_path / "stage.py").write_text(
+        "import signal, sys, time\nsave = lambda *a: sys.exit(open('saved', 'w').write('x') and 0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "open('began-' + sys.argv[1], 'w'); time.sleep(60)"
+    )
+    series = subprocess.Popen([sys.executable, "series.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if list(tmp_path.glob("began-*")):
+            break
+        time.sleep(0.1)
+    time.sleep(0.2)
+    series.send_signal(number)
+    assert series.wait(20) == 1 and series.stderr.read() == "stopped: the same command goes on\n"
+    assert (tmp_path / "saved").exists() and len(list(tmp_path.glob("began-*"))) == 1
 
 
 def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
-    done, nothing = [], lambda *args, **more: data.Split([], [], [])
-    for name in ("make_toy", "read_split", "draw_shots"):
-        monkeypatch.setattr(experiments, name, nothing)
+    done, made = [], []
+    part = data.Split([Path(f"{experiments.TOY}/{name}.avi") for name in "ba"], [0, 0], ["c"])
+    monkeypatch.setattr(experiments, "make_toy", lambda out, still=False: made.append((out, still)))
+    monkeypatch.setattr(experiments, "read_split", lambda folder: part)
+    monkeypatch.setattr(experiments, "draw_shots", lambda split, shots, seed: made.append((shots, seed)) or split)
 
     def fake(name, argv, product, threads):
         done.append(name)
@@ -99,28 +148,62 @@ def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
         "base-s1-tuned",
     ]
     assert "random75-s1-tuned" not in done and "base-s2" not in done
+    assert made == [(experiments.TOY, False), (experiments.STILL, True), (25, 0), *made[:2], (25, 1)]
+    assert (lab / "few-s1.txt").read_text() == "a.avi\nb.avi\n"
+
+
+def said(name, claim):
+    """What a claim's cells give, one seed."""
+    return {c["text"]: c["ours"] for c in measure(name, range(1))["claims"]}[claim]
+
+
+def test_measure(lab):
+    for seed in (0, 1):
+        for cell, top1 in (("l1", 40 + seed), ("base", 43 - seed)):
+            finish(cell, seed, top1=top1)
+    finish("l1", 2, top1=99)  # seed 2 is not complete
+    found = measure("table1f", range(3))
+    assert found["seeds"] == [0, 1] and found["minutes"] == 8
+    assert found["rows"] == [dict(label="L1", paper=69.1, ours=[40, 41]), dict(label="MSE", paper=69.6, ours=[43, 42])]
+    assert found["claims"] == [dict(text="MSE: better than L1", paper=pytest.approx(0.5), ours=[3, 1])]
+    (lab / "base-s1.job").unlink()
+    assert measure("table1f", range(3))["seeds"] == [0]
+    for cell, top1 in (("base:all100", 90), ("few-long:all25", 70), ("none:all100", 60), ("none:all25", 10)):
+        finish(cell, 0, top1=top1)
+    assert said("table2", "there by more") == [(70 - 10) - (90 - 60)]
+    for number, (mask, pre) in enumerate((("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))):
+        keys = ("model still", "model moving", "nearest still", "nearest moving")
+        finish(f"{pre}:leak-{mask}", 0, psnr={"75%": {key: 10**number * 2**i for i, key in enumerate(keys)}})
+    assert said("leak", "random masks give still places away, model") == [10 - 1]
+    assert said("leak", "frame masks give moving places away, copying") == [800 - 8]
 
 
 def test_report(lab, capsys):
     for seed in (0, 1):
         for cell, top1 in (("l1", 40 + seed), ("base", 43 - seed)):
             finish(cell, seed, top1=top1)
-    finish("l1", 2, top1=99)  # seed 2 is not complete
-    experiments.README.write_text(f"before\n{experiments.MARK}old\n{experiments.MARK}after\n")
-    found = measure("table1f", range(3))
-    assert found["seeds"] == [0, 1] and found["minutes"] == 8
-    assert found["rows"] == [dict(label="L1", paper=69.1, ours=[40, 41]), dict(label="MSE", paper=69.6, ours=[43, 42])]
-    assert found["claims"] == [dict(text="MSE: better than L1", paper=pytest.approx(0.5), ours=[3, 1])]
+    readme, results = Path("README.md"), Path("results")
+    readme.write_text(f"before\n{visualize.MARK}old\n{visualize.MARK}after\n")
     for _ in range(2):  # again, it replaces what it wrote
         experiments.main(["--report"])
-        text = experiments.README.read_text()
+        text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("| MSE: better than L1 | +0.5 | +2.0 ± 1.4 (+3.0, +1.0) | agrees |") == 1
-    assert sorted(path.name for path in experiments.RESULTS.iterdir()) == ["table1f.json", "table1f.md", "table1f.png"]
-    assert json.loads((experiments.RESULTS / "table1f.json").read_text()) == json.loads(json.dumps(found))
-    page = (experiments.RESULTS / "table1f.md").read_text()
-    assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) |" in page and "8 minutes of one core, 2 seeds" in page
+        line = "| MSE: better than L1 | +0.5 | +2.0 ± 1.4 (+3.0, +1.0) | leans to agree (5 seeds) |"
+        assert text.count(line) == 1
+    assert sorted(path.name for path in results.iterdir()) == ["table1f.json", "table1f.md", "table1f.png"]
+    page = (results / "table1f.md").read_text()
+    assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) |" in page and "8 minutes of one core" in page and line in page
     assert "    python pretrain.py --loss l1 --resume --seed 0 --name lab/l1-s0\n" in page
+    stored, before = json.loads((results / "table1f.json").read_text()), readme.read_text()
+    assert stored == json.loads(json.dumps(measure("table1f", range(3))))
+    shutil.rmtree(lab)  # as in a fresh clone: what is known stays
+    experiments.main(["--report"])
+    assert "results/table1f.md is of 2 seeds, here are 0: kept" in capsys.readouterr().out
+    assert readme.read_text() == before and json.loads((results / "table1f.json").read_text()) == stored
+    for odd in (f"one {visualize.MARK}mark", "none"):  # is left alone
+        readme.write_text(odd)
+        experiments.main(["--report"])
+        assert readme.read_text() == odd
 
 
 def test_values(lab):
@@ -142,10 +225,8 @@ def test_every_experiment_can_be_drawn(lab):
             rows = "".join(f"{name},{name},{name},True,{name},1\n" for name in experiments.MOTIONS)
             head = "path,label,prediction,correct,top5,probabilities\n"
             (jobs_of(cell, 0)[-1][2].parent / "predictions.csv").write_text(head + rows)
-    experiments.README.write_text("no marks")
-    experiments.main(["--report", "--seeds", "1"])
-    assert {path.stem for path in experiments.RESULTS.glob("*.png")} == set(EXPERIMENTS)
-    assert experiments.README.read_text() == "no marks"
+    experiments.main(["--report", "--seeds", "1"])  # without a README
+    assert {path.stem for path in Path("results").glob("*.png")} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("argv", [[], ["table9"], ["all", "--report"], ["all", "--seeds", "0"], ["all", "--jobs", "0"]])
@@ -154,14 +235,14 @@ def test_mistakes(lab, argv):
         experiments.main(argv)
 
 
-@pytest.mark.parametrize(
-    "gaps, said",
-    [
-        ([1.0, 2.0], "agrees"),
-        ([-1.0, -2.0], "**disagrees**"),
-        ([0.0], "**open**"),
-        ([-1.0, 3.0], "**open**, 34 seeds might tell"),
-    ],
-)
-def test_verdict(gaps, said):
-    assert visualize.verdict(gaps) == said
+def test_verdict():
+    """A 95 % interval, and as many seeds as would make it: Student's t of 2 degrees of freedom is 4.30, of 3 3.18."""
+    verdict = visualize.verdict
+    assert verdict([10, 11, 12]) == "agrees" and verdict([-10, -11, -12]) == "**disagrees**"
+    edge = 4.30 / 3**0.5  # times the deviation
+    assert verdict([edge - 0.99, edge + 0.01, edge + 1.01]) == "agrees"
+    assert verdict([edge - 1.01, edge - 0.01, edge + 0.99]) == "leans to agree (4 seeds)"
+    assert 2.26 * 2.466 / 10**0.5 < 1.833 < 2.31 * 2.466 / 9**0.5  # t, deviation and mean of the next
+    assert verdict([-3, 1, -3.5]) == "leans to **disagree** (10 seeds)"
+    assert verdict([1, -1]) == "open" and verdict([0.0]) == "open" and verdict([2.0]) == "leans to agree"
+    assert verdict([1, 1, 1, 1]) == "agrees"
