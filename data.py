@@ -814,6 +814,7 @@ def make_loader(dataset: Dataset, order: Order | list, workers: int, pin: bool, 
                 if batches is not None:
                     batches._shutdown_workers()
                 timer.cancel()
+                timer.join()  # if it is at work, two would wait for one process
             _kill(processes)
             atexit.unregister(at_exit)
         codes = ", ".join(str(p.exitcode) for p in dead)
