@@ -725,7 +725,7 @@ V100 = 125e12  # fp16
 KNOWN = {
     100: 67.5,
     3200: 91.3,
-}  # base on UCF101, top-1 in % by epochs: a user's 67 to 68 (MCG-NJU/VideoMAE#13), the paper
+}  # UCF101, top-1 in % by epochs: a user's 67 to 68 (MCG-NJU/VideoMAE#13), the paper's (base)
 SCRATCH = 51.4  # the paper's Table 2
 
 
@@ -741,7 +741,7 @@ def draw_expected(out: Path) -> None:
     epochs = [first * 2**i for i in range(6)]
     guess = [KNOWN[first] + (KNOWN[last] - KNOWN[first]) * math.log(e / first) / math.log(last / first) for e in epochs]
     axis.plot(epochs, guess, linestyle="--", color="grey", label="a guess: straight in the logarithm")
-    axis.scatter(*zip(*KNOWN.items(), strict=True), zorder=3, label="base: a user's report, the paper")
+    axis.scatter(*zip(*KNOWN.items(), strict=True), zorder=3, label="a user's report; the paper (base)")
     axis.axhline(SCRATCH, linestyle=":", color="tab:red", label="from scratch (paper)")
     axis.set(
         xscale="log", xlabel="epochs of pre-training on UCF101", ylabel="top-1 after fine-tuning, %", ylim=(40, 100)
