@@ -1,4 +1,4 @@
-"""Reconstruction figures in the paper's layout (Figures 10 and 11), animations, loss curves, accuracy per class.
+"""Reconstruction figures in the paper's layout (Figures 10 and 11), animations, loss curves, classes, experiments.
 
     python visualize.py --checkpoint runs/pretrain-toy/checkpoint.pt                     # toy videos
     python visualize.py --checkpoint CKPT --videos a.avi b.mp4 --ratios 0.75 0.9 0.95 --out figure.png --gif figure.gif
@@ -194,8 +194,8 @@ def make_figure(model, fresh, clips: list[Tensor], drawn: int, cfg: Config, out:
                 if ratio == cfg.ratios[0] and not of:
                     columns.append(("original", "", result["original"]))
                 if not of:
-                    shown = f"{int((~mask).sum())} of {mask.numel()} cubes"
-                    columns.append((f"{100 * ratio:.4g}% masked", shown, result["masked"]))
+                    count = f"{int((~mask).sum())} of {mask.numel()} cubes"
+                    columns.append((f"{100 * ratio:.4g}% masked", count, result["masked"]))
                 for key, title in drawings:
                     where = "oracle statistics" if stats == "oracle" else "visible statistics" * (cfg.stats == "both")
                     note = f"{where}, {found[key]:.1f} dB" if where else f"{found[key]:.1f} dB"
