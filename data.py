@@ -1289,7 +1289,8 @@ def make_toy(out: str | Path | None, train: int = 1200, test: int = 600, seed: i
     """Write the toy data set to folder `out` in UCF101's layout, split 1, unless it is there: half a minute, ours.
 
     out/Slide0/v_Slide0_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt; `out` None is TOY,
-    or STILL for waves that mostly stand still (see toy_video). Labels are balanced. The folder appears only when it is complete. ValueError if `out` exists and is something else.
+    or STILL for waves that mostly stand still (see toy_video). Labels are balanced. The folder appears only when it is
+    complete. ValueError if `out` exists and is something else.
     """
     out = Path(out or (STILL if still else TOY))
     if (out / "ucfTrainTestlist" / "testlist01.txt").is_file():
