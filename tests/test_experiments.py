@@ -170,7 +170,7 @@ def test_measure(lab):
     assert measure("table1f", range(3))["seeds"] == [0]
     for cell, top1 in (("base:all100", 90), ("few-long:all25", 70), ("none:all100", 60), ("none:all25", 10)):
         finish(cell, 0, top1=top1)
-    assert said("table2", "there by more") == [(70 - 10) - (90 - 60)]
+    assert said("table2", "more with the fewer") == [(70 - 10) - (90 - 60)]
     for number, (mask, pre) in enumerate((("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))):
         keys = ("model still", "model moving", "nearest still", "nearest moving")
         finish(f"{pre}:leak-{mask}", 0, psnr={"75%": {key: 10**number * 2**i for i, key in enumerate(keys)}})
