@@ -498,32 +498,33 @@ def verdict(gaps: list[float]) -> str:
 
 def plot_results(found: dict, out: str | Path) -> None:
     """Draw an experiment's rows: bars, or with an axis curves; dots are seeds, diamonds the paper's numbers."""
-    rows, unit = found["rows"], found.get("unit", "top-1, %")
-    figure = Figure(figsize=(6, 3 if "axis" in found else 1 + 0.24 * len(rows)), layout="constrained")
+    rows, unit, curves = found["rows"], found.get("unit", "top-1, %"), "axis" in found
+    figure = Figure(figsize=(6, 3 if curves else 1 + 0.24 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    places, lines = [], {}
-    for number, row in enumerate(rows):
-        x, _, series = row["label"].partition(", ") if "axis" in found else (number, "", "")
-        places.append(float(x))
-        lines.setdefault(series, []).append(number)
-    means = [np.mean(row["ours"]) for row in rows]
-    theirs = [(place, row["paper"]) for place, row in zip(places, rows, strict=True) if row["paper"]]
-    dots = [(place, value) for place, row in zip(places, rows, strict=True) for value in row["ours"]]
-    turn = (lambda points: points) if "axis" in found else (lambda points: [(y, x) for x, y in points])
-    if "axis" not in found:
-        axis.scatter(*zip(*turn(dots), strict=True), s=9, color="black", zorder=3, label="a seed")
-    if theirs:
-        axis.scatter(*zip(*turn(theirs), strict=True), s=22, marker="D", color="tab:red", zorder=3, label="the paper's")
-    if "axis" in found:
-        for color, (series, members) in enumerate(lines.items()):
-            order = sorted(members, key=places.__getitem__)
-            axis.plot([places[i] for i in order], [means[i] for i in order], color=f"C{color}", label=series or "ours")
-            own = [(places[i], value) for i in order for value in rows[i]["ours"]]
-            axis.scatter(*zip(*own, strict=True), s=9, color=f"C{color}", zorder=3)
+    diamonds = dict(s=22, marker="D", color="tab:red", zorder=3, label="the paper's")
+    if curves:
+        lines = {}
+        for row in rows:
+            x, _, series = row["label"].partition(", ")
+            lines.setdefault(series, []).append((float(x), row))
+        theirs = [(x, row["paper"]) for points in lines.values() for x, row in points if row["paper"]]
+        if theirs:
+            axis.scatter(*zip(*theirs, strict=True), **diamonds)
+        for color, (series, points) in enumerate(lines.items()):
+            points.sort(key=lambda point: point[0])
+            means = [np.mean(row["ours"]) for _, row in points]
+            axis.plot([x for x, _ in points], means, color=f"C{color}", label=series or "ours")
+            dots = [(x, value) for x, row in points for value in row["ours"]]
+            axis.scatter(*zip(*dots, strict=True), s=9, color=f"C{color}", zorder=3)
         axis.set(xlabel=found["axis"], ylabel=unit)
     else:
-        axis.barh(places, means, color="tab:blue", alpha=0.5)
-        axis.set_yticks(places, [row["label"] for row in rows], fontsize=7)
+        dots = [(value, place) for place, row in enumerate(rows) for value in row["ours"]]
+        axis.scatter(*zip(*dots, strict=True), s=9, color="black", zorder=3, label="a seed")
+        theirs = [(row["paper"], place) for place, row in enumerate(rows) if row["paper"]]
+        if theirs:
+            axis.scatter(*zip(*theirs, strict=True), **diamonds)
+        axis.barh(range(len(rows)), [np.mean(row["ours"]) for row in rows], color="tab:blue", alpha=0.5)
+        axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
         axis.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5))
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(out, dpi=120)
@@ -574,8 +575,9 @@ def report(experiments: dict[str, dict], folder: Path, readme: Path) -> None:
             results_page(found, page)
             print(f"wrote {page}.md, .png and .json")
         if found["seeds"]:
-            claims, count = claim_lines(found), Counter(verdict(c["ours"]).split(" (")[0] for c in found["claims"])
+            claims = claim_lines(found)
             if len(claims) > 8:
+                count = Counter(verdict(claim["ours"]).split(" (")[0] for claim in found["claims"])
                 claims = [f"| {len(claims)} claims | | | {', '.join(f'{n} {said}' for said, n in count.items())} |"]
             about = f"{found['minutes']:.0f} minutes of one core, {len(found['seeds'])} seeds"
             lines += [f"| **[{found['title']}]({page}.md)** | | {about} | |", *claims]

@@ -651,12 +651,8 @@ def fit_scale(rows: list[dict]) -> dict:
 
 
 def plot_scale(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(FACTORS), figsize=(15, 5), sharex="col", layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    axes = figure.subplots(2, len(FACTORS), sharex="col")
     for column, factor in enumerate(FACTORS):
         mine = [row for row in rows if row["factor"] == factor]
         mine.sort(key=lambda row: list(SIZES).index(row["size"]) if factor == "size" else row[factor])
@@ -669,7 +665,6 @@ def plot_scale(rows: list[dict], path: Path) -> None:
         axes[1, column].set_xlabel(factor.replace("_", " ") + (" (1 thread each)" if factor == "processes" else ""))
     axes[0, 0].legend()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def scale(args) -> None:
