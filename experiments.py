@@ -1,11 +1,11 @@
 """The paper's tables and figures at toy scale: make any of them again on two CPU cores.
 
-    python experiments.py table1b --seeds 3      # run one (or several, or all) with seeds 0, 1, 2, then report
-    python experiments.py all --jobs 4           # all of them, four processes at a time: hours
-    python experiments.py --report               # results/* and the README's table again, from runs/lab/*
+    python experiments.py table1b              # or several, or all: seeds 0, 1, 2; then results/NAME.md, .json and .png
+    python experiments.py table1b --first 3 --seeds 1               # seed 3, besides those that the results hold
+    python experiments.py --report                                  # results/* and the README's table from runs/lab/*
 
 An experiment is a table of cells, each what stage commands on top of the toy recipes give; runs that several need are
-made once. Whatever ended it, the same command goes on. Expect results/NAME.md, .json and .png.
+made once. Whatever ended it, the same command goes on.
 """
 
 import argparse
@@ -19,30 +19,34 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import engine
+import finetune
+import linprobe
+import pretrain
 import visualize
 from data import MOTIONS, STILL, TOY, make_toy, read_split
-from finetune import draw_shots
+from masking import MASKS
 
 LAB, RUNNING = Path("runs/lab"), {}  # where the runs are; the processes at work
+RECIPES = json.loads(json.dumps({f"{s.__name__}.py": s.PRESETS["toy"] for s in (pretrain, finetune, linprobe)}))
 
 # A cell `PRE:DOWN@KEY` is what DOWN's command makes of pretrain.py with PRE's flags. The rest may be missing.
 PRETRAIN = {
     "base": "", "depth1": "--decoder-depth 1", "depth4": "--decoder-depth 4",
-    "epochs10": "--epochs 10", "epochs20": "--epochs 20",
-    "tube90": "--ratio 0.9", "tube95": "--ratio 0.95", "random75": "--mask random", "frame75": "--mask frame",
+    "epochs10": "--epochs 10", "epochs20": "--epochs 20", "random75": "--mask random", "frame75": "--mask frame",
+    "tube50": "--ratio 0.5", "tube90": "--ratio 0.9", "tube95": "--ratio 0.95",
     "center": "--target center", "dense": "--stride 1", "double": "--target double", "l1": "--loss l1",
     "few": f"--splits {LAB}/few-sSEED.txt", "few-long": f"--splits {LAB}/few-sSEED.txt --epochs 120 --warmup 4",
+    "half": f"--splits {LAB}/half-sSEED.txt", "half-long": f"--splits {LAB}/half-sSEED.txt --epochs 60 --warmup 2",
     **{f"still{m and '-'}{m}": f"--data {STILL}{m and ' --mask '}{m}" for m in ("", "random", "frame")},
 }  # fmt: skip
 UNTRAINED = {"finetune.py": "--init none --init-scale 1 --base-lr 0.008", "linprobe.py": "--init random"}
 DOWN = {
     "tuned": "finetune.py", "tuned40": "finetune.py --epochs 40", "still": f"finetune.py --data {STILL}",
-    "all25": "finetune.py --shots 25 --epochs 32 --warmup 3.2", "probe": "linprobe.py",
-    "all100": "finetune.py --shots 100 --epochs 8 --warmup 0.8",
-    **{f"leak-{m}": f"visualize.py --ratios 0.75 --scored 200 --mask {m}" for m in ("tube", "random", "frame")},
+    **{f"all{n}": f"finetune.py --shots {n} --epochs {800 // n} --warmup {80 / n:g}" for n in (25, 50, 100)},
+    **{f"leak-{m}": f"visualize.py --ratios 0.75 --scored 200 --mask {m}" for m in MASKS}, "probe": "linprobe.py",
 }  # fmt: skip
-LEAK = [(mask, f"{pre}:leak-{mask}@{key}", who) for key, who in (("model", "model"), ("nearest", "copying"))
-        for mask, pre in (("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))]  # fmt: skip
+LEAK = {mask: f"{pre}:leak-{mask}" for mask, pre in zip(MASKS, ("still", "still-random", "still-frame"), strict=True)}
+SCORES = [(key, part) for key in ("model", "nearest") for part in ("still", "moving")]
 # Rows: label (with an axis `x, series`), the paper's top-1 in % (SSv2 unless it says K400), cell. Claims: what the
 # paper says, its gap, two (sums of) cells; without any, the paper's best row is better than each other one.
 EXPERIMENTS = {
@@ -69,21 +73,25 @@ EXPERIMENTS = {
     "table1f": dict(title="Table 1f: loss", rows=[("L1", 69.1, "l1"), ("MSE", 69.6, "base")],
         note="The toy recipe predicts pixels in 0 to 1, where smooth L1 (68.9) is half the MSE: no row of its own."),
     "table2": dict(title="Table 2: data efficiency", axis="videos, all labelled", rows=[
-        ("1200, VideoMAE", 80.0, "base:all100"), ("300, VideoMAE", 91.3, "few-long:all25"),
-        ("1200, scratch", 68.8, "none:all100"), ("300, scratch", 51.4, "none:all25"),
+        ("1200, VideoMAE", 80.0, "base:all100"), ("600, VideoMAE", None, "half-long:all50"),
+        ("300, VideoMAE", 91.3, "few-long:all25"), ("1200, scratch", 68.8, "none:all100"),
+        ("600, scratch", None, "none:all50"), ("300, scratch", 51.4, "none:all25"),
     ], claims=[("it helps with 240k videos (ours 1200)", 11.2, "base:all100", "none:all100"),
                ("with 9.5k (ours 300)", 39.9, "few-long:all25", "none:all25"),
                ("more with the fewer", 28.7, "few-long:all25 + none:all100", "none:all25 + base:all100"),
-    ], note="About as many steps for 300 as for 1200. The paper's numbers there: UCF101 (9.5k), K400 (240k)."),
-    "table3": dict(title="Table 3: fine-tuning or probe", rows=[
-        ("fine-tuned", 69.6, "base"), ("probe", 38.9, "base:probe"), ("20 epochs, fine-tuned", None, "epochs20"),
-        ("20 epochs, probe", None, "epochs20:probe"), ("scratch", 32.6, "none"), ("its probe", None, "none:probe")],
+    ], note="As many steps for 300 as for 1200. The paper's numbers there: UCF101 (9.5k), K400 (240k)."),
+    "table3": dict(title="Table 3: fine-tuning or probe, and time", axis=visualize.MINUTES, rows=[
+        ("30 epochs, fine-tuned", 69.6, "base"), ("20 epochs, fine-tuned", None, "epochs20"),
+        ("10 epochs, fine-tuned", None, "epochs10"), ("30 epochs, probe", 38.9, "base:probe"),
+        ("20 epochs, probe", None, "epochs20:probe"), ("10 epochs, probe", None, "epochs10:probe"),
+        ("none, probe", None, "none:probe"), ("none, scratch", 32.6, "none"), ("twice, scratch", None, "none:tuned40")],
         note="MoCo v3 (54.2, probe 33.7, in 3.2 times the hours) is not made here: this says nothing about its time."),
     "figure3": dict(title="Figure 3: mask ratio", axis="tokens hidden by tubes, %", rows=[
-        ("75", 68.0, "base"), ("90", 69.6, "tube90"), ("95", None, "tube95")],
-        note="The paper prints no others; 95 % still does well there. Of 36 places, ours hide 27, 32 and 34."),
+        ("50", None, "tube50"), ("75", 68.0, "base"), ("90", 69.6, "tube90"), ("95", None, "tube95")],
+        note="The paper prints no others; 95 % still does well there. Of 36 places, ours hide 18, 27, 32 and 34."),
     "figure4": dict(title="Figure 4: a part of the videos", axis="videos, %", note="The paper's quarter: 42k.", rows=[
-        ("100, same steps", 69.6, "base"), ("25, same steps", 68.7, "few-long"), ("25, same epochs", None, "few"),
+        ("100, same steps", 69.6, "base"), ("50, same steps", None, "half-long"), ("25, same steps", 68.7, "few-long"),
+        ("100, same epochs", 69.6, "base"), ("50, same epochs", None, "half"), ("25, same epochs", None, "few"),
     ], claims=[("all beat a quarter", 0.9, "base", "few-long"), ("a quarter: longer helps", None, "few-long", "few")]),
     "figure5": dict(title="Figure 5: schedule", axis="epochs of pre-training", rows=[
         ("10", None, "epochs10"), ("20", None, "epochs20"), ("30", None, "base")],
@@ -92,10 +100,10 @@ EXPERIMENTS = {
         (name + how, None, f"{pre}@{name}") for name in MOTIONS for pre, how in (("base", ""), ("none", ", scratch"))
     ], claims=[(f"{name} gains", None, f"base@{name}", f"none@{name}") for name in MOTIONS]),
     "leak": dict(title="Section 3.2: what leaks", unit="dB", rows=[
-        (f"{mask}, {part}, {who}", None, f"{cell} {part}") for mask, cell, who in LEAK for part in ("still", "moving")
-    ], claims=[(f"{mask} masks give {part} places away, {who}", None, f"{cell} {part}", f"{LEAK[i - i % 3][1]} {part}")
-               for i, (mask, cell, who) in enumerate(LEAK) if i % 3 for part in ("still", "moving")
-    ], note="36 of 144 tokens are visible. Copying: the nearest visible cube. Moving places, copying: our additions."),
+        (f"{mask}, {part}, {key}", None, f"{cell}@{key} {part}") for key, part in SCORES for mask, cell in LEAK.items()
+    ], claims=[(f"{m} masks leak {part} places, {key}", None, f"{cell}@{key} {part}", f"{LEAK['tube']}@{key} {part}")
+               for key, part in SCORES for m, cell in LEAK.items() if m != "tube"
+    ], note="36 of 144 tokens are visible. Nearest: the nearest visible cube is copied. Moving places: our addition."),
 }  # fmt: skip
 
 
@@ -106,8 +114,8 @@ def jobs_of(cell: str, seed: int) -> list[tuple[str, list[str], Path]]:
     argv, name, weights = DOWN[down], f"{folder}-{down}", f"{LAB}/{folder}/checkpoint.pt"
     product, jobs = LAB / name / "results.json", []
     if pre != "none":
-        pretrain = f"pretrain.py {PRETRAIN[pre].replace('SEED', str(seed))} --resume {named}{folder}"
-        jobs = [(folder, pretrain.split(), LAB / folder / "reconstruction.png")]
+        first = f"pretrain.py {PRETRAIN[pre].replace('SEED', str(seed))} --resume {named}{folder}"
+        jobs = [(folder, first.split(), LAB / folder / "reconstruction.png")]
     if argv.startswith("visualize.py"):
         argv, product = f"{argv} --seed {seed} --checkpoint {weights} --out {LAB}/{name}.png", LAB / f"{name}-psnr.json"
     else:
@@ -117,11 +125,12 @@ def jobs_of(cell: str, seed: int) -> list[tuple[str, list[str], Path]]:
 
 
 def run(name: str, argv: list[str], product: Path, threads: int) -> None:
-    """Do a job that is not done. ValueError if it fails, or if another command made what is there."""
+    """Do a job that is not done. ValueError if it fails, or if another command or recipe made what is there."""
     record, temporary = LAB / f"{name}.job", LAB / f"{name}.tmp"  # the command; seconds of processor of all attempts
-    about = json.loads(record.read_text()) if record.exists() else dict(command=argv, seconds=0)
-    if about["command"] != argv:
-        raise ValueError(f"{record} names another command: remove it and {LAB}/{name}")
+    new = dict(command=argv, recipe=RECIPES.get(argv[0]), machine=visualize.processor(), seconds=0)
+    about = json.loads(record.read_text()) if record.exists() else new
+    if any(about[key] != new[key] for key in ("command", "recipe")):
+        raise ValueError(f"{record} names another command or recipe: remove it and {LAB}/{name}")
     if not record.exists() or not product.exists():
         print(shlex.join(["python", *argv]), flush=True)
         with open(LAB / f"{name}.log", "a") as log:
@@ -135,43 +144,33 @@ def run(name: str, argv: list[str], product: Path, threads: int) -> None:
         raise ValueError(f"python {shlex.join(argv)} did not finish, see {LAB}/{name}.log; the same command goes on")
 
 
-def value(cell: str, seed: int) -> float:
-    """A cell's number: top-1 in %, that of the class KEY, or KEY's PSNR in dB."""
-    key, product = cell.partition("@")[2], jobs_of(cell, seed)[-1][2]
-    if key in MOTIONS:
-        return visualize.class_accuracy(visualize.read_predictions(product.with_name("predictions.csv")))[key][0]
-    return json.loads(product.read_text())["psnr"]["75%"][key] if key else json.loads(product.read_text())["top1"]
-
-
 def measure(name: str, seeds: range) -> dict:
     """An experiment with the numbers of those seeds that are complete, from the files of their runs."""
-    rows, claims = EXPERIMENTS[name]["rows"], EXPERIMENTS[name].get("claims")
-    jobs = {seed: {job[0]: job for *_, cell in rows for job in jobs_of(cell, seed)} for seed in seeds}
-    records = {
-        s: [LAB / f"{job}.job" for job in jobs[s]] for s in seeds if all(j[2].exists() for j in jobs[s].values())
-    }
-    seeds = [seed for seed, files in records.items() if all(file.exists() for file in files)]
-    numbers = lambda cells: [sum(value(cell, seed) for cell in cells.split(" + ")) for seed in seeds]
-    gaps = lambda more, less: [a - b for a, b in zip(numbers(more), numbers(less), strict=True)]
-    best, *others = sorted((row for row in rows if row[1]), key=lambda row: -row[1]) or [None]
-    claims = claims or [(f"{best[0]}: better than {row[0]}", best[1] - row[1], best[2], row[2]) for row in others]
-    seconds = [json.loads(file.read_text())["seconds"] for seed in seeds for file in records[seed]]
+    rows = EXPERIMENTS[name]["rows"]
+    jobs, record = lambda s: {j[0]: j for *_, cell in rows for j in jobs_of(cell, s)}, lambda job: LAB / f"{job}.job"
+    seeds = [s for s in seeds if all(job[2].exists() and record(at).exists() for at, job in jobs(s).items())]
+    about = {seed: {job: json.loads(record(job).read_text()) for job in jobs(seed)} for seed in seeds}
+    minutes = lambda jobs, seed: sum(about[seed][job[0]]["seconds"] for job in jobs) / 60
     return EXPERIMENTS[name] | dict(
-        rows=[dict(label=label, paper=paper, ours=numbers(cell)) for label, paper, cell in rows],
-        claims=[dict(text=text, paper=gap, ours=gaps(more, less)) for text, gap, more, less in claims],
-        seeds=seeds, minutes=sum(seconds) / 60, commands=[shlex.join(argv) for _, argv, _ in jobs[0].values()],
+        rows=[dict(label=label, paper=paper, cell=cell,
+                   ours=[visualize.read_score(jobs_of(cell, s)[-1][2], cell.partition("@")[2]) for s in seeds],
+                   minutes=[minutes(jobs_of(cell, s), s) for s in seeds]) for label, paper, cell in rows],
+        seeds=seeds, minutes=[minutes(jobs(seed).values(), seed) for seed in seeds], recipes=RECIPES,
+        machines=[", ".join(sorted({job["machine"] for job in about[seed].values()})) for seed in seeds],
+        commands=[shlex.join(argv) for _, argv, _ in jobs(0).values()],
     )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {', '.join(EXPERIMENTS)}")
-    for flag, default, text in (("--seeds", 3, "seeds 0 to N - 1"), ("--jobs", 2, "commands at a time")):
+    for flag, default, text in (("--seeds", 3, "how many"), ("--first", 0, "the first"), ("--jobs", 2, "at a time")):
         parser.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
-    names, seeds = list(EXPERIMENTS) if args.names == ["all"] else args.names, range(args.seeds)
-    if set(names) - set(EXPERIMENTS) or min(args.seeds, args.jobs) < 1 or bool(names) == args.report:
+    names = list(EXPERIMENTS) if args.names == ["all"] else args.names
+    seeds = range(args.first, args.first + args.seeds)
+    if set(names) - set(EXPERIMENTS) or min(args.seeds, args.first + 1, args.jobs) < 1 or bool(names) == args.report:
         raise ValueError(f"name all or some of {', '.join(EXPERIMENTS)}, or --report; --seeds and --jobs from 1 on")
     threads, pool = max((os.cpu_count() or 1) // args.jobs, 1), ThreadPoolExecutor(args.jobs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -179,9 +178,10 @@ def main(argv: list[str]) -> None:
         for seed in seeds if names else ():
             make_toy(TOY)
             make_toy(STILL, still=True)
-            few = sorted(path.relative_to(TOY) for path in draw_shots(read_split(TOY), 25, seed).paths)
             LAB.mkdir(parents=True, exist_ok=True)
-            (LAB / f"few-s{seed}.txt").write_text("".join(f"{path}\n" for path in few))
+            for part, shots in (("few", 25), ("half", 50)):  # of a class's 100
+                paths = sorted(finetune.draw_shots(read_split(TOY), shots, seed).paths)
+                (LAB / f"{part}-s{seed}.txt").write_text("".join(f"{path.relative_to(TOY)}\n" for path in paths))
             chains = {}  # of a pre-training and what needs it, one after another
             for first, *others in (jobs_of(cell, seed) for name in names for *_, cell in EXPERIMENTS[name]["rows"]):
                 chains.setdefault(first[0], {first[0]: first}).update({job[0]: job for job in others})

@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import signal
 import textwrap
@@ -496,6 +497,15 @@ def verdict(gaps: list[float]) -> str:
     return f"leans to {side}" * (mean != 0) + "open" * (mean == 0) + f" ({needed} seeds)" * bool(needed)
 
 
+MINUTES = "minutes of one core"  # an axis of plot_results: what a row's runs took
+
+
+def mean_minutes(row: dict) -> float | None:
+    """What a row took, the mean of the seeds of which it is known."""
+    known = [minutes for minutes in row["minutes"] if minutes is not None]
+    return float(np.mean(known)) if known else None
+
+
 def plot_results(found: dict, out: str | Path) -> None:
     """Draw an experiment's rows: bars, or with an axis curves; dots are seeds, diamonds the paper's numbers."""
     rows, unit, curves = found["rows"], found.get("unit", "top-1, %"), "axis" in found
@@ -506,7 +516,8 @@ def plot_results(found: dict, out: str | Path) -> None:
         lines = {}
         for row in rows:
             x, _, series = row["label"].partition(", ")
-            lines.setdefault(series, []).append((float(x), row))
+            x = mean_minutes(row) if found["axis"] == MINUTES else float(x)
+            lines.setdefault(series, []).append((x, row))
         theirs = [(x, row["paper"]) for points in lines.values() for x, row in points if row["paper"]]
         if theirs:
             axis.scatter(*zip(*theirs, strict=True), **diamonds)
@@ -517,6 +528,8 @@ def plot_results(found: dict, out: str | Path) -> None:
             dots = [(x, value) for x, row in points for value in row["ours"]]
             axis.scatter(*zip(*dots, strict=True), s=9, color=f"C{color}", zorder=3)
         axis.set(xlabel=found["axis"], ylabel=unit)
+        if found["axis"] != MINUTES:
+            axis.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
     else:
         dots = [(value, place) for place, row in enumerate(rows) for value in row["ours"]]
         axis.scatter(*zip(*dots, strict=True), s=9, color="black", zorder=3, label="a seed")
@@ -534,52 +547,111 @@ MARK = "<!-- experiments.py -->\n"  # before and after the README's table
 CLAIMS = ["| the paper | gap there | gap here: mean ± deviation (seeds) | direction |", "|---|---|---|---|"]
 
 
-def results_page(found: dict, page: Path) -> None:
-    """Write an experiment's numbers as page.json, .md and .png.
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.+)", info)
+    return name[1] if name else platform.processor() or platform.machine()
 
-    `found`: title, note, seeds, minutes (of one core), commands; rows of label, paper (a number or None) and ours (one
-    number a seed); claims of text, paper (its gap) and ours (the gap of each seed); perhaps unit, and axis, with which
-    labels are `x, series`.
-    """
-    page.parent.mkdir(exist_ok=True)
-    plot_results(found, page.with_suffix(".png"))
-    number = lambda value: "" if value is None else f"{value:.1f}"
-    rows = [f"| {row['label']} | {number(row['paper'])} | {spread(row['ours'])} |" for row in found["rows"]]
-    unit, seeds = found.get("unit", "top-1, %"), ", ".join(map(str, found["seeds"]))
-    text = [f"# {found['title']}", "", f"![]({page.name}.png)", "",
-            f"| | paper | ours, {unit}: mean ± deviation (seeds {seeds}) |", "|---|---|---|", *rows, "",
-            *CLAIMS, *claim_lines(found), "", found["note"], "",
-            f"{found['minutes']:.0f} minutes of one core, with the runs that other experiments share. Of seed 0:", "",
-            *(f"    python {command}" for command in found["commands"])]  # fmt: skip
-    page.with_suffix(".md").write_text("\n".join(text) + "\n")
-    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+def read_score(path: Path, key: str = "") -> float:
+    """A number that a stage left: of results.json top-1 in %, or with a key that of one class; of a figure's
+    -psnr.json the PSNR `key` in dB at the only ratio."""
+    found = json.loads(path.read_text())
+    if path.name == "results.json":
+        return class_accuracy(read_predictions(path.with_name("predictions.csv")))[key][0] if key else found["top1"]
+    (scores,) = found["psnr"].values()
+    return scores[key]
+
+
+def claims_of(found: dict) -> list[tuple[str, float | None, list[float]]]:
+    """An experiment's claims: what the paper says, its gap, and ours of each seed. Without any, the paper's best row
+    is better than each other one."""
+    rows = {row["cell"]: row for row in found["rows"]}
+    numbers = lambda cells: np.sum([rows[cell]["ours"] for cell in cells.split(" + ")], axis=0)
+    best, *others = sorted((row for row in found["rows"] if row["paper"]), key=lambda row: -row["paper"]) or [None]
+    claims = found.get("claims") or [
+        (f"{best['label']}: better than {row['label']}", best["paper"] - row["paper"], best["cell"], row["cell"])
+        for row in others
+    ]
+    return [(text, gap, (numbers(more) - numbers(less)).tolist()) for text, gap, more, less in claims]
 
 
 def claim_lines(found: dict) -> list[str]:
     """The lines of an experiment's claims in a table under CLAIMS."""
-    gap = lambda claim: "" if claim["paper"] is None else f"{claim['paper']:+.1f}"
-    return [f"| {c['text']} | {gap(c)} | {spread(c['ours'], '+')} | {verdict(c['ours'])} |" for c in found["claims"]]
+    lines = []
+    for text, paper, ours in claims_of(found):
+        gap = "" if paper is None else f"{paper:+.1f}"
+        lines.append(f"| {text} | {gap} | {spread(ours, '+')} | {verdict(ours)} |")
+    return lines
+
+
+def results_page(found: dict, page: Path) -> None:
+    """Write an experiment's numbers as page.json, .md and .png.
+
+    `found`: title, note, commands of seed 0, recipes (the presets that these start from); seeds, and for each one
+    minutes of one core and machine; rows of label, paper (a number or None), cell (a name), and for each seed ours (a
+    number) and minutes (None: unknown). Perhaps claims, see claims_of, of text, the paper's gap and two (sums of)
+    cells; unit; axis, with which labels are `x, series`.
+    """
+    page.parent.mkdir(exist_ok=True)
+    plot_results(found, page.with_suffix(".png"))
+    number = lambda value: "" if value is None else f"{value:.1f}"
+    unit, seeds = found.get("unit", "top-1, %"), ", ".join(map(str, found["seeds"]))
+    rows = [f"| | paper | ours, {unit}: mean ± deviation (seeds {seeds}) |", "|---|---|---|"]
+    rows += [f"| {row['label']} | {number(row['paper'])} | {spread(row['ours'])} |" for row in found["rows"]]
+    if not any("@" in row["cell"] or mean_minutes(row) is None for row in found["rows"]):  # @: one run, many rows
+        minutes = [MINUTES, "---", *(number(mean_minutes(row)) for row in found["rows"])]
+        rows = [f"{row} {more} |" for row, more in zip(rows, minutes, strict=True)]
+    machines = {}
+    for seed, name in zip(found["seeds"], found["machines"], strict=True):
+        machines.setdefault(name, []).append(str(seed))
+    where = "; ".join(f"seed{'s' * (len(of) > 1)} {', '.join(of)} on {name}" for name, of in machines.items())
+    text = [f"# {found['title']}", "", f"![]({page.name}.png)", "", *rows, "", *CLAIMS, *claim_lines(found), "",
+            found["note"], "",
+            f"{sum(found['minutes']):.0f} {MINUTES}, with the runs that other experiments share: {where}. Of seed 0:",
+            "", *(f"    python {command}" for command in found["commands"])]  # fmt: skip
+    page.with_suffix(".md").write_text("\n".join(text) + "\n")
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def with_seeds(found: dict, old: dict) -> dict:
+    """An experiment with its seeds and those that only an earlier page of the same commands has, in order."""
+    order = sorted({*found["seeds"], *old["seeds"]})
+
+    def pick(new: list, before: list) -> list:
+        mine, theirs = (dict(zip(of["seeds"], v, strict=True)) for of, v in ((found, new), (old, before)))
+        return [mine[seed] if seed in mine else theirs[seed] for seed in order]
+
+    rows = [
+        row | {key: pick(row[key], before[key]) for key in ("ours", "minutes")}
+        for row, before in zip(found["rows"], old["rows"], strict=True)
+    ]
+    return found | {key: pick(found[key], old[key]) for key in ("seeds", "minutes", "machines")} | dict(rows=rows)
 
 
 def report(experiments: dict[str, dict], folder: Path, readme: Path) -> None:
     """Write the pages of experiments (see results_page) that have seeds, and all pages' claims between the README's two
-    marks. A page of more seeds than are here now is kept."""
+    marks. Seeds that a page has already stay in it; where it is of other commands or recipes, the page of more seeds
+    stays."""
     lines = [*CLAIMS]
     for name, found in experiments.items():
         page = folder / name
         old = json.loads(page.with_suffix(".json").read_text()) if page.with_suffix(".json").exists() else None
-        if old and len(old["seeds"]) > len(found["seeds"]):
-            print(f"{page}.md is of {len(old['seeds'])} seeds, here are {len(found['seeds'])}: kept")
+        if old and all(old[key] == found[key] for key in ("commands", "recipes")):
+            found = with_seeds(found, old)
+        elif old and len(old["seeds"]) > len(found["seeds"]):
+            print(f"{page}.md is of other commands or recipes and of {len(old['seeds'])} seeds: kept")
             found = old
-        elif found["seeds"]:
-            results_page(found, page)
-            print(f"wrote {page}.md, .png and .json")
         if found["seeds"]:
+            if found is not old:
+                results_page(found, page)
+                print(f"wrote {page}.md, .png and .json: {len(found['seeds'])} seeds")
             claims = claim_lines(found)
             if len(claims) > 8:
-                count = Counter(verdict(claim["ours"]).split(" (")[0] for claim in found["claims"])
+                count = Counter(verdict(ours).split(" (")[0] for *_, ours in claims_of(found))
                 claims = [f"| {len(claims)} claims | | | {', '.join(f'{n} {said}' for said, n in count.items())} |"]
-            about = f"{found['minutes']:.0f} minutes of one core, {len(found['seeds'])} seeds"
+            about = f"{sum(found['minutes']):.0f} {MINUTES}, {len(found['seeds'])} seeds"
             lines += [f"| **[{found['title']}]({page}.md)** | | {about} | |", *claims]
     parts = readme.read_text().split(MARK) if readme.exists() else []
     if len(parts) == 3 and len(lines) > len(CLAIMS):

@@ -62,6 +62,7 @@ from data import MultiScaleCrop, Split, Videos, make_loader, pretrain_transform,
 from masking import MASKS, running_cell_mask  # noqa: E402
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, VideoMAE, to_official  # noqa: E402
 from pretrain import PRESETS, Config  # noqa: E402
+from visualize import processor  # noqa: E402
 
 CLASSES = 101
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -342,9 +343,7 @@ def matmul_peak(work: Work) -> float:
 
 def machine() -> dict:
     """What the figures depend on, for the JSON."""
-    found = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if Path("/proc/cpuinfo").exists():
-        found["cpu"] = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "\nmodel name: ?")[1]
+    found = {"cpu": processor(), "cores": os.cpu_count()}
     found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     for name in ("torch", "torchvision", "transformers", "av", "decord", "torchcodec"):
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None

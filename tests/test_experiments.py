@@ -17,7 +17,8 @@ import finetune
 import linprobe
 import pretrain
 import visualize
-from experiments import EXPERIMENTS, jobs_of, measure, run, value
+from experiments import EXPERIMENTS, RECIPES, jobs_of, measure, run
+from visualize import claims_of, read_score
 
 HERE = Path(experiments.__file__).parent
 STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
@@ -31,12 +32,13 @@ def lab(tmp_path, monkeypatch):
     return experiments.LAB
 
 
-def finish(cell, seed, **found):
+def finish(cell, seed, machine="one", **found):
     """Leave the files of a cell's commands, as if they had run for a minute each."""
     for name, argv, product in jobs_of(cell, seed):
         product.parent.mkdir(exist_ok=True)
         product.write_text(json.dumps(found))
-        (experiments.LAB / f"{name}.job").write_text(json.dumps(dict(command=argv, seconds=60)))
+        about = dict(command=argv, recipe=RECIPES.get(argv[0]), machine=machine, seconds=60)
+        (experiments.LAB / f"{name}.job").write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -92,8 +94,12 @@ def test_a_job_runs_once_and_goes_on(lab, tmp_path):
     assert second > first and not experiments.RUNNING
     run(*job, 1)
     assert (tmp_path / "tries").read_text() == "xx" and json.loads((lab / "a.job").read_text())["seconds"] == second
-    with pytest.raises(ValueError, match="runs/lab/a.job names another command: remove it and runs/lab/a$"):
-        run("a", ["stage.py", "other"], tmp_path / "made", 1)
+    (lab / "b.job").write_text(json.dumps(dict(command=["stage.py", "made"], recipe={"epochs": 1}, seconds=1)))
+    for name, argument in (("a", "other"), ("b", "made")):
+        with pytest.raises(
+            ValueError, match=f"{name}.job names another command or recipe: remove it and runs/lab/{name}$"
+        ):
+            run(name, ["stage.py", argument], tmp_path / "made", 1)
     (lab / "a.job").unlink()  # killed between the two: it is asked again, and says that nothing is left to do
     run(*job, 1)
     assert (tmp_path / "tries").read_text() == "xxx" and (lab / "a.job").exists()
@@ -105,7 +111,7 @@ def test_a_stopped_series_stops_its_commands(lab, tmp_path, number):
     (tmp_path / "series.py").write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport data, experiments\n"
         "nothing = lambda *a, **k: data.Split([], [], [])\n"
-        "experiments.make_toy = experiments.read_split = experiments.draw_shots = nothing\n"
+        "experiments.make_toy = experiments.read_split = experiments.finetune.draw_shots = nothing\n"
         "jobs = lambda cell, seed: [(cell, ['stage.py', cell], experiments.LAB / f'{cell}.made')]\n"
         "experiments.jobs_of = jobs\nexperiments.main(['table1b', '--jobs', '1'])"
     )
@@ -130,7 +136,7 @@ def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
     part = data.Split([Path(f"{experiments.TOY}/{name}.avi") for name in "ba"], [0, 0], ["c"])
     monkeypatch.setattr(experiments, "make_toy", lambda out, still=False: made.append((out, still)))
     monkeypatch.setattr(experiments, "read_split", lambda folder: part)
-    monkeypatch.setattr(experiments, "draw_shots", lambda split, shots, seed: made.append((shots, seed)) or split)
+    monkeypatch.setattr(finetune, "draw_shots", lambda split, shots, seed: made.append((shots, seed)) or split)
 
     def fake(name, argv, product, threads):
         done.append(name)
@@ -148,13 +154,13 @@ def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
         "base-s1-tuned",
     ]
     assert "random75-s1-tuned" not in done and "base-s2" not in done
-    assert made == [(experiments.TOY, False), (experiments.STILL, True), (25, 0), *made[:2], (25, 1)]
+    assert made == [(experiments.TOY, False), (experiments.STILL, True), (25, 0), (50, 0), *made[:2], (25, 1), (50, 1)]
     assert (lab / "few-s1.txt").read_text() == "a.avi\nb.avi\n"
 
 
 def said(name, claim):
     """What a claim's cells give, one seed."""
-    return {c["text"]: c["ours"] for c in measure(name, range(1))["claims"]}[claim]
+    return {text: ours for text, _, ours in claims_of(measure(name, range(1)))}[claim]
 
 
 def test_measure(lab):
@@ -163,19 +169,24 @@ def test_measure(lab):
             finish(cell, seed, top1=top1)
     finish("l1", 2, top1=99)  # seed 2 is not complete
     found = measure("table1f", range(3))
-    assert found["seeds"] == [0, 1] and found["minutes"] == 8
-    assert found["rows"] == [dict(label="L1", paper=69.1, ours=[40, 41]), dict(label="MSE", paper=69.6, ours=[43, 42])]
-    assert found["claims"] == [dict(text="MSE: better than L1", paper=pytest.approx(0.5), ours=[3, 1])]
+    assert found["seeds"] == [0, 1] and found["minutes"] == [4, 4] and found["machines"] == ["one", "one"]
+    assert found["rows"] == [
+        dict(label="L1", paper=69.1, cell="l1", ours=[40, 41], minutes=[2, 2]),
+        dict(label="MSE", paper=69.6, cell="base", ours=[43, 42], minutes=[2, 2]),
+    ]
+    assert claims_of(found) == [("MSE: better than L1", pytest.approx(0.5), [3, 1])]
+    assert measure("table1f", range(1, 2))["seeds"] == [1]
     (lab / "base-s1.job").unlink()
     assert measure("table1f", range(3))["seeds"] == [0]
-    for cell, top1 in (("base:all100", 90), ("few-long:all25", 70), ("none:all100", 60), ("none:all25", 10)):
+    halves = (("half-long:all50", 1), ("none:all50", 1))
+    for cell, top1 in (("base:all100", 90), ("few-long:all25", 70), ("none:all100", 60), ("none:all25", 10), *halves):
         finish(cell, 0, top1=top1)
     assert said("table2", "more with the fewer") == [(70 - 10) - (90 - 60)]
     for number, (mask, pre) in enumerate((("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))):
         keys = ("model still", "model moving", "nearest still", "nearest moving")
         finish(f"{pre}:leak-{mask}", 0, psnr={"75%": {key: 10**number * 2**i for i, key in enumerate(keys)}})
-    assert said("leak", "random masks give still places away, model") == [10 - 1]
-    assert said("leak", "frame masks give moving places away, copying") == [800 - 8]
+    assert said("leak", "random masks leak still places, model") == [10 - 1]
+    assert said("leak", "frame masks leak moving places, nearest") == [800 - 8]
 
 
 def test_report(lab, capsys):
@@ -192,22 +203,70 @@ def test_report(lab, capsys):
         assert text.count(line) == 1
     assert sorted(path.name for path in results.iterdir()) == ["table1f.json", "table1f.md", "table1f.png"]
     page = (results / "table1f.md").read_text()
-    assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) |" in page and "8 minutes of one core" in page and line in page
+    assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) | 2.0 |" in page and line in page
+    assert "8 minutes of one core, with the runs that other experiments share: seeds 0, 1 on one. Of" in page
     assert "    python pretrain.py --loss l1 --resume --seed 0 --name lab/l1-s0\n" in page
     stored, before = json.loads((results / "table1f.json").read_text()), readme.read_text()
     assert stored == json.loads(json.dumps(measure("table1f", range(3))))
     shutil.rmtree(lab)  # as in a fresh clone: what is known stays
     experiments.main(["--report"])
-    assert "results/table1f.md is of 2 seeds, here are 0: kept" in capsys.readouterr().out
     assert readme.read_text() == before and json.loads((results / "table1f.json").read_text()) == stored
+    assert (results / "table1f.md").read_text() == page
     for odd in (f"one {visualize.MARK}mark", "none"):  # is left alone
         readme.write_text(odd)
         experiments.main(["--report"])
         assert readme.read_text() == odd
 
 
+def test_seeds_from_elsewhere_add_up(lab, capsys):
+    """A page keeps the seeds that are not here, unless other commands or recipes made them."""
+    for seed, top1 in ((0, 10), (2, 30)):
+        finish("l1", seed, top1=top1)
+        finish("base", seed, top1=2 * top1)
+    experiments.main(["--report"])
+    shutil.rmtree(lab)
+    lab.mkdir()
+    for seed, top1 in ((1, 20), (2, 35)):
+        finish("l1", seed, machine="two", top1=top1)
+        finish("base", seed, machine="two", top1=2 * top1)
+    (lab / "l1-s1.job").write_text((lab / "l1-s1.job").read_text().replace("two", "three"))
+    experiments.main(["--report"])
+    page = Path("results/table1f.json")
+    found = json.loads(page.read_text())
+    assert found["seeds"] == [0, 1, 2] and found["machines"] == ["one", "three, two", "two"]
+    assert [row["ours"] for row in found["rows"]] == [[10, 20, 35], [20, 40, 70]]
+    text = page.with_suffix(".md").read_text()
+    assert "12 minutes of one core" in text and "seed 0 on one; seed 1 on three, two; seed 2 on two. Of" in text
+    for old, seeds in (({"commands": ["x"]}, [0, 1, 2]), ({"recipes": {}}, [0, 1, 2])):  # that has more: kept
+        page.write_text(json.dumps(found | old))
+        capsys.readouterr()
+        experiments.main(["--report"])
+        assert "table1f.md is of other commands or recipes and of 3 seeds: kept" in capsys.readouterr().out
+        assert json.loads(page.read_text())["seeds"] == seeds
+    page.write_text(json.dumps(visualize.with_seeds(found, found) | {"recipes": {}, "seeds": [5, 6]}))  # no more: not
+    experiments.main(["--report"])
+    assert json.loads(page.read_text())["seeds"] == [1, 2]
+
+
+def test_minutes_are_shown_where_they_are_known(lab):
+    rows = [dict(label=label, paper=None, cell=label, ours=[1, 2], minutes=[None, 3.0]) for label in ("a, x", "b, x")]
+    found = dict(title="t", note="n", commands=[], recipes={}, seeds=[0, 1], minutes=[1, 3], machines=["m", "m"])
+    found |= dict(rows=rows, axis=visualize.MINUTES)
+    text = lambda: Path("page.md").read_text()
+    visualize.results_page(found, Path("page"))
+    assert "| minutes of one core |" in text() and "| a, x |  | 1.5 ± 0.7 (1.0, 2.0) | 3.0 |" in text()
+    del found["axis"]
+    rows[0]["cell"] = "a@key"  # two rows of one run
+    visualize.results_page(found, Path("page"))
+    assert "| minutes of one core |" not in text()
+    rows[0] |= dict(cell="a", minutes=[None, None])
+    visualize.results_page(found, Path("page"))
+    assert "| minutes of one core |" not in text()
+
+
 def test_values(lab):
     finish("still:leak-tube", 0, psnr={"75%": {"model still": 20.5}})
+    value = lambda cell, seed: read_score(jobs_of(cell, seed)[-1][2], cell.partition("@")[2])
     assert value("still:leak-tube@model still", 0) == 20.5
     finish("base", 0, top1=50.0)
     table = (
@@ -229,7 +288,9 @@ def test_every_experiment_can_be_drawn(lab):
     assert {path.stem for path in Path("results").glob("*.png")} == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("argv", [[], ["table9"], ["all", "--report"], ["all", "--seeds", "0"], ["all", "--jobs", "0"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["table9"], ["all", "--report"], *(["all", f"--{name}", "-1"] for name in ("seeds", "first", "jobs"))]
+)
 def test_mistakes(lab, argv):
     with pytest.raises(ValueError, match="name all or some of table1a"):
         experiments.main(argv)
