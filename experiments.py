@@ -31,9 +31,9 @@ RECIPES = json.loads(json.dumps({f"{s.__name__}.py": s.PRESETS["toy"] for s in (
 
 # A cell `PRE:DOWN@KEY` is what DOWN's command makes of pretrain.py with PRE's flags. The rest may be missing.
 PRETRAIN = {
-    "base": "", "depth1": "--decoder-depth 1", "depth4": "--decoder-depth 4",
+    "base": "", "depth1": "--decoder-depth 1", "depth4": "--decoder-depth 4", "cross": "--cross",
     "epochs10": "--epochs 10", "epochs20": "--epochs 20", "random75": "--mask random", "frame75": "--mask frame",
-    "tube50": "--ratio 0.5", "tube90": "--ratio 0.9", "tube95": "--ratio 0.95",
+    "tube50": "--ratio 0.5", "tube90": "--ratio 0.9", "tube95": "--ratio 0.95", "masked": "--decoder-mask 0.5",
     "center": "--target center", "dense": "--stride 1", "double": "--target double", "l1": "--loss l1",
     "few": f"--splits {LAB}/few-sSEED.txt", "few-long": f"--splits {LAB}/few-sSEED.txt --epochs 120 --warmup 4",
     "half": f"--splits {LAB}/half-sSEED.txt", "half-long": f"--splits {LAB}/half-sSEED.txt --epochs 60 --warmup 2",
@@ -104,6 +104,8 @@ EXPERIMENTS = {
     ], claims=[(f"{m} masks leak {part} places, {key}", None, f"{cell}@{key} {part}", f"{LEAK['tube']}@{key} {part}")
                for key, part in SCORES for m, cell in LEAK.items() if m != "tube"
     ], note="36 of 144 tokens are visible. Nearest: the nearest visible cube is copied. Moving places: our addition."),
+    "options": dict(title="Options beyond the paper", note="Cheaper decoders; the README says how much.", rows=[
+        ("the paper's decoder", None, "base"), ("--decoder-mask 0.5", None, "masked"), ("--cross", None, "cross")]),
 }  # fmt: skip
 
 
@@ -191,8 +193,6 @@ def main(argv: list[str]) -> None:
         for process in list(RUNNING.values()):
             process.terminate()  # the stages save a checkpoint
         sys.exit("stopped: the same command goes on")
-    finally:
-        pool.shutdown(cancel_futures=True)
     visualize.report({name: measure(name, seeds) for name in EXPERIMENTS}, Path("results"), Path("README.md"))
 
 
