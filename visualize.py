@@ -536,7 +536,10 @@ def plot_results(found: dict, out: str | Path) -> None:
         theirs = [(row["paper"], place) for place, row in enumerate(rows) if row["paper"]]
         if theirs:
             axis.scatter(*zip(*theirs, strict=True), **diamonds)
-        axis.barh(range(len(rows)), [np.mean(row["ours"]) for row in rows], color="tab:blue", alpha=0.5)
+        series = [row["label"].partition(", ")[2] for row in rows]
+        of, apart = list(dict.fromkeys(series)), min(Counter(series).values()) > 1  # labels that end alike, one colour
+        colors = [f"C{of.index(name) * apart}" for name in series]
+        axis.barh(range(len(rows)), [np.mean(row["ours"]) for row in rows], color=colors, alpha=0.5)
         axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
         axis.set(xlabel=unit, ylim=(len(rows) - 0.5, -0.5))
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

@@ -185,6 +185,17 @@ def test_curves_of_both_stages(tmp_path, drawn):
     assert sizes[0] == (720, 420) and sizes[1] == (720, 840)
 
 
+def test_bars_of_labels_that_end_alike_share_a_colour(tmp_path, drawn):
+    def colours(*labels):
+        rows = [dict(label=label, paper=None, cell=label, ours=[1.0], minutes=[None]) for label in labels]
+        visualize.plot_results(dict(rows=rows), tmp_path / "p.png")
+        return [bar.get_facecolor() for bar in drawn[-1].axes[0].patches]
+
+    a, b, c, d = colours("Run", "Run, scratch", "Walk", "Walk, scratch")
+    assert a == c != b == d
+    assert len(set(colours("clip", "clip, half", "clip, double"))) == 1  # these are no series
+
+
 def test_still_and_moving_places():
     video = torch.zeros(1, 8, 3, 24, 24)
     video[:, ::2, :, :8, :8] = 1  # one place of nine flickers much, one a little
