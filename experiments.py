@@ -129,7 +129,7 @@ def jobs_of(cell: str, seed: int) -> list[tuple[str, list[str], Path]]:
 def run(name: str, argv: list[str], product: Path, threads: int) -> None:
     """Do a job that is not done. ValueError if it fails, or if another command or recipe made what is there."""
     record, temporary = LAB / f"{name}.job", LAB / f"{name}.tmp"  # the command; seconds of processor of all attempts
-    new = dict(command=argv, recipe=RECIPES.get(argv[0]), machine=visualize.processor(), seconds=0)
+    new = dict(command=argv, recipe=RECIPES.get(argv[0]), machine=visualize.machine(), seconds=0)
     about = json.loads(record.read_text()) if record.exists() else new
     if any(about[key] != new[key] for key in ("command", "recipe")):
         raise ValueError(f"{record} names another command or recipe: remove it and {LAB}/{name}")
@@ -158,7 +158,7 @@ def measure(name: str, seeds: range) -> dict:
                    ours=[visualize.read_score(jobs_of(cell, s)[-1][2], cell.partition("@")[2]) for s in seeds],
                    minutes=[minutes(jobs_of(cell, s), s) for s in seeds]) for label, paper, cell in rows],
         seeds=seeds, minutes=[minutes(jobs(seed).values(), seed) for seed in seeds], recipes=RECIPES,
-        machines=[", ".join(sorted({job["machine"] for job in about[seed].values()})) for seed in seeds],
+        machines=[" and ".join(sorted({job["machine"] for job in about[seed].values()})) for seed in seeds],
         commands=[shlex.join(argv) for _, argv, _ in jobs(0).values()],
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ import engine
 from data import center_clip, derive_seed, eval_transform, read_frames, read_split, shown
 from engine import opt
 from masking import MASKS
-from model import VideoMAE, normalize_cubes, patchify, unit_range, unpatchify
+from model import VideoMAE, normalize_cubes, patchify, precision_dtype, unit_range, unpatchify
 
 
 @dataclass
@@ -555,6 +555,13 @@ def processor() -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.+)", info)
     return name[1] if name else platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What the stages run on here, and the type of their matrix products: "AMD EPYC, float32"."""
+    gpu = torch.cuda.is_available()
+    dtype = precision_dtype("auto", torch.device("cuda" if gpu else "cpu"))
+    return f"{torch.cuda.get_device_name() if gpu else processor()}, {str(dtype).removeprefix('torch.')}"
 
 
 def read_score(path: Path, key: str = "") -> float:

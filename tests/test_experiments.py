@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import engine
@@ -233,10 +234,10 @@ def test_seeds_from_elsewhere_add_up(lab, capsys):
     experiments.main(["--report"])
     page = Path("results/table1f.json")
     found = json.loads(page.read_text())
-    assert found["seeds"] == [0, 1, 2] and found["machines"] == ["one", "three, two", "two"]
+    assert found["seeds"] == [0, 1, 2] and found["machines"] == ["one", "three and two", "two"]
     assert [row["ours"] for row in found["rows"]] == [[10, 20, 35], [20, 40, 70]]
     text = page.with_suffix(".md").read_text()
-    assert "12 minutes of one core" in text and "seed 0 on one; seed 1 on three, two; seed 2 on two. Of" in text
+    assert "12 minutes of one core" in text and "seed 0 on one; seed 1 on three and two; seed 2 on two. Of" in text
     for old, seeds in (({"commands": ["x"]}, [0, 1, 2]), ({"recipes": {}}, [0, 1, 2])):  # that has more: kept
         page.write_text(json.dumps(found | old))
         capsys.readouterr()
@@ -246,6 +247,18 @@ def test_seeds_from_elsewhere_add_up(lab, capsys):
     page.write_text(json.dumps(visualize.with_seeds(found, found) | {"recipes": {}, "seeds": [5, 6]}))  # no more: not
     experiments.main(["--report"])
     assert json.loads(page.read_text())["seeds"] == [1, 2]
+
+
+def test_machine_names_the_type_too(monkeypatch):
+    """Two processors of one name need not compute in the same type, nor give the same numbers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for known, dtype in ({"avx512_bf16": True}, "bfloat16"), ({}, "float32"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert visualize.machine() == f"{visualize.processor()}, {dtype}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    assert visualize.machine() == "H100, bfloat16"
 
 
 def test_minutes_are_shown_where_they_are_known(lab):
