@@ -431,9 +431,7 @@ def write_results(run: Path, test: Split, scores: Tensor, view_classes: Tensor, 
     run.mkdir(parents=True, exist_ok=True)
     write_predictions(run / "predictions.csv", test, scores)
     visualize.plot_classes(run / "predictions.csv", run / "classes.png")
-    part = run / "results.part"  # results.json appears last, and whole: it says that the rest is there
-    part.write_text(json.dumps(about | result, indent=1) + "\n")
-    os.replace(part, run / "results.json")
+    visualize.write_whole(run / "results.json", json.dumps(about | result, indent=1) + "\n")  # last: the rest is there
     return result
 
 

@@ -236,6 +236,13 @@ def save_columns(images, rows, out: Path | None) -> Image.Image:
     return image
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that others see whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 class Log:
     """log.jsonl and a progress bar, on rank 0. A resumed run drops the lines that its checkpoint does not cover."""
 
@@ -246,9 +253,7 @@ class Log:
         if on:
             path.parent.mkdir(parents=True, exist_ok=True)
             old = path.read_text().splitlines() if start and path.exists() else []
-            part = path.with_suffix(".part")
-            part.write_text("".join(line + "\n" for line in old if self.covers(line, start)))
-            os.replace(part, path)
+            write_whole(path, "".join(line + "\n" for line in old if self.covers(line, start)))
 
     @staticmethod
     def covers(line: str, start: int) -> bool:
@@ -483,20 +488,25 @@ def spread(values: list[float], sign: str = "") -> str:
 STUDENT = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # t, 97.5 %, by degrees of freedom
 
 
-def verdict(gaps: list[float]) -> str:
-    """Whether the mean gap has the paper's sign, +: "agrees" or "disagrees" if zero lies outside of its 95 % interval
-    (Student's t), else what it leans to, and how many seeds of this spread would put zero outside."""
+def verdict(gaps: list[float], theirs: bool = True) -> str:
+    """Whether the mean gap is above zero: "agrees" (with the paper; "holds", if that says nothing) or "disagrees" where
+    zero lies outside of its 95 % interval (Student's t), else what it leans to, and how many seeds of the same mean and
+    spread would put zero outside."""
     count, mean = len(gaps), float(np.mean(gaps))
     deviation = float(np.std(gaps, ddof=1)) if count > 1 else math.inf
     t = lambda n: STUDENT[n - 1] if n <= len(STUDENT) else 1.96 + 2.8 / (n - 1)
-    settles = lambda n: mean != 0 and t(n) * deviation / math.sqrt(n) < abs(mean)
-    side = "agree" if mean > 0 else "**disagree**"
-    if count > 1 and settles(count):
-        return side.replace("agree", "agrees")
-    needed = next((n for n in range(count + 1, 1000) if count > 1 and settles(n)), None)
-    return f"leans to {side}" * (mean != 0) + "open" * (mean == 0) + f" ({needed} seeds)" * bool(needed)
+    settles = lambda n: t(n) * deviation / math.sqrt(n) < abs(mean)
+    words = ("agrees", "leans to agree", "**disagrees**", "leans to **disagree**")
+    words = words if theirs else ("holds", "leans to hold", "does **not** hold", "leans **not** to hold")
+    if mean == 0:
+        return "open"
+    settled, leans = words[:2] if mean > 0 else words[2:]
+    if count == 1 or settles(count):
+        return settled if count > 1 else leans
+    return f"{leans} ({next((n for n in range(count + 1, 1000) if settles(n)), '1,000 or more')} seeds)"
 
 
+OURS = "not theirs"  # instead of a gap: the paper does not make the claim
 MINUTES = "minutes of one core"  # an axis of plot_results: what a row's runs took
 
 
@@ -513,23 +523,27 @@ def plot_results(found: dict, out: str | Path) -> None:
     axis = figure.subplots()
     diamonds = dict(s=22, marker="D", color="tab:red", zorder=3, label="the paper's")
     if curves:
-        lines = {}
+        timed, lines = found["axis"] == MINUTES, {}
         for row in rows:
             x, _, series = row["label"].partition(", ")
-            x = mean_minutes(row) if found["axis"] == MINUTES else float(x)
-            lines.setdefault(series, []).append((x, row))
-        theirs = [(x, row["paper"]) for points in lines.values() for x, row in points if row["paper"]]
-        if theirs:
+            lines.setdefault(series, []).append((mean_minutes(row) if timed else float(x), x, row))
+        theirs = [(x, row["paper"]) for points in lines.values() for x, _, row in points if row["paper"]]
+        if theirs and not timed:  # where the paper took other times
             axis.scatter(*zip(*theirs, strict=True), **diamonds)
         for color, (series, points) in enumerate(lines.items()):
             points.sort(key=lambda point: point[0])
-            means = [np.mean(row["ours"]) for _, row in points]
-            axis.plot([x for x, _ in points], means, color=f"C{color}", label=series or "ours")
-            dots = [(x, value) for x, row in points for value in row["ours"]]
+            means = [np.mean(row["ours"]) for *_, row in points]
+            axis.plot([x for x, *_ in points], means, color=f"C{color}", label=series or "ours")
+            dots = [(x, value) for x, _, row in points for value in row["ours"]]
             axis.scatter(*zip(*dots, strict=True), s=9, color=f"C{color}", zorder=3)
+            for (x, name, _), mean in zip(points, means, strict=True):
+                axis.annotate(name * timed, (x, mean), (0, -9), textcoords="offset points", fontsize=6, ha="center")
+        axis.scatter([], [], s=9, color="gray", label="a seed")
         axis.set(xlabel=found["axis"], ylabel=unit)
-        if found["axis"] != MINUTES:
-            axis.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+        if timed:
+            axis.margins(0.1)
+        else:
+            axis.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
     else:
         dots = [(value, place) for place, row in enumerate(rows) for value in row["ours"]]
         axis.scatter(*zip(*dots, strict=True), s=9, color="black", zorder=3, label="a seed")
@@ -550,6 +564,25 @@ MARK = "<!-- experiments.py -->\n"  # before and after the README's table
 CLAIMS = ["| the paper | gap there | gap here: mean ± deviation (seeds) | direction |", "|---|---|---|---|"]
 
 
+def measured(experiment: dict, runs: dict[int, dict[str, tuple[Path, dict[str, dict]]]]) -> dict:
+    """An experiment with the numbers of its seeds, as results_page takes it.
+
+    `experiment`: what of that does not depend on seeds, rows of (label, paper, cell). `runs`: of each seed and cell the
+    file that its last job left (see read_score) and the record of each of its jobs (machines, seconds).
+    """
+    merged = {seed: {name: job for _, jobs in of.values() for name, job in jobs.items()} for seed, of in runs.items()}
+    minutes = lambda jobs: sum(job["seconds"] for job in jobs.values()) / 60
+    machines = lambda jobs: " and ".join(sorted({name for job in jobs.values() for name in job["machines"]}))
+    rows = [
+        dict(label=label, paper=paper, cell=cell,
+             ours=[read_score(of[cell][0], cell.partition("@")[2]) for of in runs.values()],
+             minutes=[minutes(of[cell][1]) for of in runs.values()])
+        for label, paper, cell in experiment["rows"]
+    ]  # fmt: skip
+    about = {key: [of(jobs) for jobs in merged.values()] for key, of in (("minutes", minutes), ("machines", machines))}
+    return experiment | about | dict(rows=rows, seeds=list(runs))
+
+
 def processor() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -557,11 +590,12 @@ def processor() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
-def machine() -> str:
-    """What the stages run on here, and the type of their matrix products: "AMD EPYC, float32"."""
+def machine(threads: int) -> str:
+    """What the stages run on here, and the type of their matrix products: "AMD EPYC, float32, 1 thread"."""
     gpu = torch.cuda.is_available()
     dtype = precision_dtype("auto", torch.device("cuda" if gpu else "cpu"))
-    return f"{torch.cuda.get_device_name() if gpu else processor()}, {str(dtype).removeprefix('torch.')}"
+    name = torch.cuda.get_device_name() if gpu else processor()
+    return f"{name}, {str(dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
 
 
 def read_score(path: Path, key: str = "") -> float:
@@ -574,9 +608,9 @@ def read_score(path: Path, key: str = "") -> float:
     return scores[key]
 
 
-def claims_of(found: dict) -> list[tuple[str, float | None, list[float]]]:
-    """An experiment's claims: what the paper says, its gap, and ours of each seed. Without any, the paper's best row
-    is better than each other one."""
+def claims_of(found: dict) -> list[tuple[str, float | str | None, list[float]]]:
+    """An experiment's claims: what the paper says, its gap (None: no number; OURS: it says nothing), and ours of each
+    seed. Without any, the paper's best row is better than each other one."""
     rows = {row["cell"]: row for row in found["rows"]}
     numbers = lambda cells: np.sum([rows[cell]["ours"] for cell in cells.split(" + ")], axis=0)
     best, *others = sorted((row for row in found["rows"] if row["paper"]), key=lambda row: -row["paper"]) or [None]
@@ -591,8 +625,8 @@ def claim_lines(found: dict) -> list[str]:
     """The lines of an experiment's claims in a table under CLAIMS."""
     lines = []
     for text, paper, ours in claims_of(found):
-        gap = "" if paper is None else f"{paper:+.1f}"
-        lines.append(f"| {text} | {gap} | {spread(ours, '+')} | {verdict(ours)} |")
+        gap = "" if paper is None else paper if paper == OURS else f"{paper:+.1f}"
+        lines.append(f"| {text} | {gap} | {spread(ours, '+')} | {verdict(ours, paper != OURS)} |")
     return lines
 
 
@@ -611,7 +645,10 @@ def results_page(found: dict, page: Path) -> None:
     rows = [f"| | paper | ours, {unit}: mean ± deviation (seeds {seeds}) |", "|---|---|---|"]
     rows += [f"| {row['label']} | {number(row['paper'])} | {spread(row['ours'])} |" for row in found["rows"]]
     if not any("@" in row["cell"] or mean_minutes(row) is None for row in found["rows"]):  # @: one run, many rows
-        minutes = [MINUTES, "---", *(number(mean_minutes(row)) for row in found["rows"])]
+        known = [None not in of for of in zip(*(row["minutes"] for row in found["rows"]), strict=True)]
+        of = ", ".join(str(seed) for seed, known in zip(found["seeds"], known, strict=True) if known)
+        which = "" if all(known) else f" (seed {of})"
+        minutes = [MINUTES + which, "---", *(number(mean_minutes(row)) for row in found["rows"])]
         rows = [f"{row} {more} |" for row, more in zip(rows, minutes, strict=True)]
     machines = {}
     for seed, name in zip(found["seeds"], found["machines"], strict=True):
@@ -619,36 +656,36 @@ def results_page(found: dict, page: Path) -> None:
     where = "; ".join(f"seed{'s' * (len(of) > 1)} {', '.join(of)} on {name}" for name, of in machines.items())
     text = [f"# {found['title']}", "", f"![]({page.name}.png)", "", *rows, "", *CLAIMS, *claim_lines(found), "",
             found["note"], "",
-            f"{sum(found['minutes']):.0f} {MINUTES}, with the runs that other experiments share: {where}. Of seed 0:",
-            "", *(f"    python {command}" for command in found["commands"])]  # fmt: skip
+            f"{sum(found['minutes']):.0f} {MINUTES}, with the runs that other experiments share: {where}.", "",
+            f"`python experiments.py {page.name}` makes the videos and lists, then runs, of seed 0:", "",
+            *(f"    python {command}" for command in found["commands"])]  # fmt: skip
     page.with_suffix(".md").write_text("\n".join(text) + "\n")
     page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def with_seeds(found: dict, old: dict) -> dict:
-    """An experiment with its seeds and those that only an earlier page of the same commands has, in order."""
+    """An experiment with its seeds and those that only an earlier page of the same cells has, in order."""
     order = sorted({*found["seeds"], *old["seeds"]})
 
     def pick(new: list, before: list) -> list:
-        mine, theirs = (dict(zip(of["seeds"], v, strict=True)) for of, v in ((found, new), (old, before)))
-        return [mine[seed] if seed in mine else theirs[seed] for seed in order]
+        known = dict(zip(old["seeds"], before, strict=True)) | dict(zip(found["seeds"], new, strict=True))
+        return [known[seed] for seed in order]
 
-    rows = [
-        row | {key: pick(row[key], before[key]) for key in ("ours", "minutes")}
-        for row, before in zip(found["rows"], old["rows"], strict=True)
-    ]
+    at = {row["cell"]: row for row in old["rows"]}
+    rows = [row | {key: pick(row[key], at[row["cell"]][key]) for key in ("ours", "minutes")} for row in found["rows"]]
     return found | {key: pick(found[key], old[key]) for key in ("seeds", "minutes", "machines")} | dict(rows=rows)
 
 
 def report(experiments: dict[str, dict], folder: Path, readme: Path) -> None:
     """Write the pages of experiments (see results_page) that have seeds, and all pages' claims between the README's two
-    marks. Seeds that a page has already stay in it; where it is of other commands or recipes, the page of more seeds
-    stays."""
+    marks. Seeds that a page has already stay in it; where it is of other cells, commands or recipes, the page of more
+    seeds stays."""
+    made_by = lambda of: [of["commands"], of["recipes"], {row["cell"] for row in of["rows"]}]
     lines = [*CLAIMS]
     for name, found in experiments.items():
         page = folder / name
         old = json.loads(page.with_suffix(".json").read_text()) if page.with_suffix(".json").exists() else None
-        if old and all(old[key] == found[key] for key in ("commands", "recipes")):
+        if old and made_by(old) == made_by(found):
             found = with_seeds(found, old)
         elif old and len(old["seeds"]) > len(found["seeds"]):
             print(f"{page}.md is of other commands or recipes and of {len(old['seeds'])} seeds: kept")
@@ -659,8 +696,10 @@ def report(experiments: dict[str, dict], folder: Path, readme: Path) -> None:
                 print(f"wrote {page}.md, .png and .json: {len(found['seeds'])} seeds")
             claims = claim_lines(found)
             if len(claims) > 8:
-                count = Counter(verdict(ours).split(" (")[0] for *_, ours in claims_of(found))
-                claims = [f"| {len(claims)} claims | | | {', '.join(f'{n} {said}' for said, n in count.items())} |"]
+                kinds = {gap for _, gap, _ in claims_of(found)}
+                count = Counter(line.rpartition(" | ")[2].strip(" |").split(" (")[0] for line in claims)
+                said = ", ".join(f"{number} {word}" for word, number in count.items())
+                claims = [f"| {len(claims)} claims | {OURS if kinds == {OURS} else ''} | | {said} |"]
             about = f"{sum(found['minutes']):.0f} {MINUTES}, {len(found['seeds'])} seeds"
             lines += [f"| **[{found['title']}]({page}.md)** | | {about} | |", *claims]
     parts = readme.read_text().split(MARK) if readme.exists() else []

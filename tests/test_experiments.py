@@ -1,6 +1,7 @@
 """The experiments: their commands are valid, are made once and go on; reports say what the runs' files say."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import finetune
 import linprobe
 import pretrain
 import visualize
-from experiments import EXPERIMENTS, RECIPES, jobs_of, measure, run
+from experiments import EXPERIMENTS, jobs_of, measure, run
 from visualize import claims_of, read_score
 
 HERE = Path(experiments.__file__).parent
@@ -35,16 +36,16 @@ def lab(tmp_path, monkeypatch):
 
 def finish(cell, seed, machine="one", **found):
     """Leave the files of a cell's commands, as if they had run for a minute each."""
-    for name, argv, product in jobs_of(cell, seed):
+    for name, _, product, by in jobs_of(cell, seed):
         product.parent.mkdir(exist_ok=True)
         product.write_text(json.dumps(found))
-        about = dict(command=argv, recipe=RECIPES.get(argv[0]), machine=machine, seconds=60)
+        about = dict(by=by, machines=[machine], seconds=60)
         (experiments.LAB / f"{name}.job").write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_command_is_one_its_stage_accepts(cell):
-    for name, (script, *flags), product in jobs_of(cell, 1):
+    for name, (script, *flags), product, _ in jobs_of(cell, 1):
         line = " ".join(flags)
         if script == "visualize.py":
             _, cfg = engine.parse_config(visualize.Config, flags, "", {"": {}})
@@ -55,6 +56,39 @@ def test_every_command_is_one_its_stage_accepts(cell):
         assert cfg.seed == 1 and "-s0" not in line and not ("checkpoint.pt" in line and "-s1/checkpoint.pt" not in line)
         if script == "pretrain.py":
             assert cfg.warmup < cfg.epochs
+
+
+# What of the toy recipe a cell's pre-training changes, and its last job.
+CHANGES = {
+    "base": {}, "depth1": dict(decoder_depth=1), "depth4": dict(decoder_depth=4), "l1": dict(loss="l1"),
+    "center": dict(target="center"), "double": dict(target="double"), "dense": dict(stride=1),
+    "random75": dict(mask="random"), "frame75": dict(mask="frame"), "tube50": dict(ratio=0.5),
+    "tube90": dict(ratio=0.9), "tube95": dict(ratio=0.95), "epochs10": dict(epochs=10), "epochs20": dict(epochs=20),
+    "few": dict(splits="runs/lab/few-s1.txt"), "few-long": dict(splits="runs/lab/few-s1.txt", epochs=120, warmup=4),
+    "half": dict(splits="runs/lab/half-s1.txt"), "half-long": dict(splits="runs/lab/half-s1.txt", epochs=60, warmup=2),
+    "still": dict(data=data.STILL), "still-random": dict(data=data.STILL, mask="random"),
+    "still-frame": dict(data=data.STILL, mask="frame"),
+    "base:probe": {}, "none:probe": dict(init="random"), "none": dict(init="none", init_scale=1, base_lr=0.008),
+    "none:tuned40": dict(init="none", init_scale=1, base_lr=0.008, epochs=40), "still:still": dict(data=data.STILL),
+    "few-long:all25": dict(shots=25, epochs=32, warmup=3.2), "half-long:all50": dict(shots=50, epochs=16, warmup=1.6),
+    "base:all100": dict(shots=100, epochs=8, warmup=0.8), "still-frame:leak-frame": dict(mask="frame"),
+    "still:leak-tube": {}, "still-random:leak-random": dict(mask="random"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", CHANGES)
+def test_a_cell_changes_what_its_name_says(cell):
+    """And nothing else of the toy recipe."""
+    jobs = jobs_of(cell, 1)
+    _, (script, *flags), *_ = jobs[0] if ":" not in cell and cell != "none" else jobs[-1]
+    if script == "visualize.py":
+        module, preset = visualize, dict(ratios=(0.75,), scored=200)  # of all masks
+    else:
+        module, preset = STAGES[script], STAGES[script].PRESETS["toy"]
+    _, cfg = engine.parse_config(module.Config, flags, "", {"": preset})
+    changed = {name: value for name, value in vars(cfg).items() if value != vars(module.Config(**preset))[name]}
+    ours = ["name", "seed", "resume", "out", "checkpoint"] + ["init"] * (":" in cell and "none" not in cell)
+    assert {name: value for name, value in changed.items() if name not in ours} == CHANGES[cell]
 
 
 def test_names_that_are_none():
@@ -68,7 +102,7 @@ def test_claims_are_about_the_rows_and_say_what_the_paper_says():
         paper = {cell: number for _, number, cell in experiment["rows"]}
         for text, gap, more, less in experiment.get("claims", []):
             assert {*more.split(" + "), *less.split(" + ")} <= set(paper)
-            if gap is not None and text != "tubes beat random masks at one ratio":  # the paper's are both at 90 %
+            if isinstance(gap, float) and text != "tubes beat random masks (theirs: 90 %)":  # both of theirs are
                 numbers = [sum(paper[cell] for cell in side.split(" + ")) for side in (more, less)]
                 assert numbers[0] - numbers[1] == pytest.approx(gap), (name, text)
 
@@ -85,7 +119,7 @@ def test_a_job_runs_once_and_goes_on(lab, tmp_path):
         "import os, sys; print(os.environ['OMP_NUM_THREADS'], flush=True); open('tries', 'a').write('x')\n"
         "if len(open('tries').read()) < 2: sys.exit('no')\nopen(sys.argv[1], 'w').write('made')"
     )
-    job = ("a", ["stage.py", "made"], tmp_path / "made")
+    job = ("a", ["stage.py", "made"], tmp_path / "made", [[["stage.py", "made"], None]])
     with pytest.raises(ValueError, match="did not finish, see runs/lab/a.log; the same command goes on"):
         run(*job, 3)
     first = json.loads((lab / "a.job").read_text())["seconds"]
@@ -95,41 +129,72 @@ def test_a_job_runs_once_and_goes_on(lab, tmp_path):
     assert second > first and not experiments.RUNNING
     run(*job, 1)
     assert (tmp_path / "tries").read_text() == "xx" and json.loads((lab / "a.job").read_text())["seconds"] == second
-    (lab / "b.job").write_text(json.dumps(dict(command=["stage.py", "made"], recipe={"epochs": 1}, seconds=1)))
-    for name, argument in (("a", "other"), ("b", "made")):
-        with pytest.raises(
-            ValueError, match=f"{name}.job names another command or recipe: remove it and runs/lab/{name}$"
-        ):
-            run(name, ["stage.py", argument], tmp_path / "made", 1)
+    for other in ([[["stage.py", "other"], None]], [[["stage.py", "made"], {"epochs": 1}]], [job[3][0], job[3][0]]):
+        with pytest.raises(ValueError, match=r"lab/a.job is of other commands or recipes: remove runs/lab/a\*$"):
+            run(*job[:3], other, 1)
     (lab / "a.job").unlink()  # killed between the two: it is asked again, and says that nothing is left to do
     run(*job, 1)
     assert (tmp_path / "tries").read_text() == "xxx" and (lab / "a.job").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_series_stops_its_commands(lab, tmp_path, number):
-    """Both signals, to the series alone: the stage gets SIGTERM, and no other command begins."""
+@pytest.fixture
+def series(lab, tmp_path):
+    """Starts a series of table1b; each cell is two stages of a minute, but tube90's second, which fails."""
     (tmp_path / "series.py").write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport data, experiments\n"
         "nothing = lambda *a, **k: data.Split([], [], [])\n"
         "experiments.make_toy = experiments.read_split = experiments.finetune.draw_shots = nothing\n"
-        "jobs = lambda cell, seed: [(cell, ['stage.py', cell], experiments.LAB / f'{cell}.made')]\n"
-        "experiments.jobs_of = jobs\nexperiments.main(['table1b', '--jobs', '1'])"
+        "job = lambda name: (name, ['stage.py', name], experiments.LAB / f'{name}.made', [])\n"
+        "experiments.jobs_of = lambda cell, seed: [job(cell), job(f'{cell}-next')]\n"
+        "experiments.main(['table1b', '--jobs', sys.argv[1]])"
     )
     (tmp_path / "stage.py").write_text(
-        "import signal, sys, time\nsave = lambda *a: sys.exit(open('saved', 'w').write('x') and 0)\n"
-        "signal.signal(signal.SIGTERM, save)\n"
-        "open('began-' + sys.argv[1], 'w'); time.sleep(60)"
+        "import os, signal, sys, time\nname = sys.argv[1]\nmake = lambda: open(f'runs/lab/{name}.made', 'w').close()\n"
+        "save = lambda *a: sys.exit(make() or open('saved', 'w').close())\nsignal.signal(signal.SIGTERM, save)\n"
+        "open(f'began-{name}', 'w').write(str(os.getpid()))\n"
+        "if name.startswith('tube90'):\n    time.sleep(0.5); sys.exit('no' if 'next' in name else make())\n"
+        "time.sleep(60)"
     )
-    series = subprocess.Popen([sys.executable, "series.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if list(tmp_path.glob("began-*")):
-            break
-        time.sleep(0.1)
-    time.sleep(0.2)
-    series.send_signal(number)
-    assert series.wait(20) == 1 and series.stderr.read() == "stopped: the same command goes on\n"
+
+    def start(jobs, *began):
+        process = subprocess.Popen(
+            [sys.executable, "series.py", str(jobs)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(600):
+            if all((tmp_path / f"began-{name}").exists() for name in began):
+                break
+            time.sleep(0.1)
+        time.sleep(0.2)
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_series_stops_its_commands(series, tmp_path, number):
+    """Both signals, to the series alone: the stage gets SIGTERM, and even if it ends well no other command begins."""
+    process = series(1, "base")
+    process.send_signal(number)
+    assert process.wait(20) == 1 and process.stderr.read() == "stopped: the same command goes on\n"
     assert (tmp_path / "saved").exists() and len(list(tmp_path.glob("began-*"))) == 1
+
+
+def test_an_error_stops_the_other_commands(series, tmp_path):
+    process = series(4, "base", "tube90-next")
+    assert process.wait(50) == 1
+    assert "stage.py tube90-next did not finish, see runs/lab/tube90-next.log" in process.stderr.read()
+    assert (tmp_path / "saved").exists() and not (tmp_path / "began-base-next").exists()
+
+
+def test_a_killed_series_is_not_doubled(series, tmp_path):
+    """Its stage works on; another series waits for nobody and says so. Reports do not mind."""
+    process = series(1, "base")
+    process.kill()
+    process.wait(20)
+    again = series(1)
+    assert again.wait(20) == 1 and again.stderr.read() == "runs/lab is at work already\n"
+    experiments.main(["--report"])
+    os.kill(int((tmp_path / "began-base").read_text()), signal.SIGKILL)
 
 
 def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
@@ -139,7 +204,7 @@ def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
     monkeypatch.setattr(experiments, "read_split", lambda folder: part)
     monkeypatch.setattr(finetune, "draw_shots", lambda split, shots, seed: made.append((shots, seed)) or split)
 
-    def fake(name, argv, product, threads):
+    def fake(name, argv, product, by, threads):
         done.append(name)
         if name == "random75-s1":
             raise ValueError("stop")
@@ -177,12 +242,19 @@ def test_measure(lab):
     ]
     assert claims_of(found) == [("MSE: better than L1", pytest.approx(0.5), [3, 1])]
     assert measure("table1f", range(1, 2))["seeds"] == [1]
-    (lab / "base-s1.job").unlink()
+    record = json.loads((lab / "base-s1-tuned.job").read_text())
+    record["by"][0][1]["weight_decay"] = 0.5  # the recipe of the pre-training that it started from
+    (lab / "base-s1-tuned.job").write_text(json.dumps(record))
     assert measure("table1f", range(3))["seeds"] == [0]
+    with pytest.raises(ValueError, match=r"base-s1-tuned.job is of other .*: remove runs/lab/base-s1-tuned\*"):
+        run(*jobs_of("base", 1)[1], 1)
+    (lab / "base-s0.job").unlink()
+    assert measure("table1f", range(3))["seeds"] == []
+    finish("base", 0, top1=43)
     halves = (("half-long:all50", 1), ("none:all50", 1))
     for cell, top1 in (("base:all100", 90), ("few-long:all25", 70), ("none:all100", 60), ("none:all25", 10), *halves):
         finish(cell, 0, top1=top1)
-    assert said("table2", "more with the fewer") == [(70 - 10) - (90 - 60)]
+    assert said("table2", "it helps more with fewer") == [(70 - 10) - (90 - 60)]
     for number, (mask, pre) in enumerate((("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))):
         keys = ("model still", "model moving", "nearest still", "nearest moving")
         finish(f"{pre}:leak-{mask}", 0, psnr={"75%": {key: 10**number * 2**i for i, key in enumerate(keys)}})
@@ -205,7 +277,10 @@ def test_report(lab, capsys):
     assert sorted(path.name for path in results.iterdir()) == ["table1f.json", "table1f.md", "table1f.png"]
     page = (results / "table1f.md").read_text()
     assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) | 2.0 |" in page and line in page
-    assert "8 minutes of one core, with the runs that other experiments share: seeds 0, 1 on one. Of" in page
+    assert (
+        "8 minutes of one core, with the runs that other experiments share: seeds 0, 1 on one." in page
+        and "experiments.py table1f`" in page
+    )
     assert "    python pretrain.py --loss l1 --resume --seed 0 --name lab/l1-s0\n" in page
     stored, before = json.loads((results / "table1f.json").read_text()), readme.read_text()
     assert stored == json.loads(json.dumps(measure("table1f", range(3))))
@@ -237,13 +312,17 @@ def test_seeds_from_elsewhere_add_up(lab, capsys):
     assert found["seeds"] == [0, 1, 2] and found["machines"] == ["one", "three and two", "two"]
     assert [row["ours"] for row in found["rows"]] == [[10, 20, 35], [20, 40, 70]]
     text = page.with_suffix(".md").read_text()
-    assert "12 minutes of one core" in text and "seed 0 on one; seed 1 on three and two; seed 2 on two. Of" in text
-    for old, seeds in (({"commands": ["x"]}, [0, 1, 2]), ({"recipes": {}}, [0, 1, 2])):  # that has more: kept
+    assert "12 minutes of one core" in text and "seed 0 on one; seed 1 on three and two; seed 2 on two." in text
+    one_more = [*found["rows"], found["rows"][0] | {"cell": "more"}]
+    for old in ({"commands": ["x"]}, {"recipes": {}}, {"rows": one_more}):  # that has more seeds: kept
         page.write_text(json.dumps(found | old))
         capsys.readouterr()
         experiments.main(["--report"])
         assert "table1f.md is of other commands or recipes and of 3 seeds: kept" in capsys.readouterr().out
-        assert json.loads(page.read_text())["seeds"] == seeds
+        assert json.loads(page.read_text())["seeds"] == [0, 1, 2]
+    page.write_text(json.dumps(found | {"rows": found["rows"][::-1]}))  # rows are told by their cells
+    experiments.main(["--report"])
+    assert [row["ours"] for row in json.loads(page.read_text())["rows"]] == [[10, 20, 35], [20, 40, 70]]
     page.write_text(json.dumps(visualize.with_seeds(found, found) | {"recipes": {}, "seeds": [5, 6]}))  # no more: not
     experiments.main(["--report"])
     assert json.loads(page.read_text())["seeds"] == [1, 2]
@@ -254,11 +333,11 @@ def test_machine_names_the_type_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for known, dtype in ({"avx512_bf16": True}, "bfloat16"), ({}, "float32"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        assert visualize.machine() == f"{visualize.processor()}, {dtype}"
+        assert visualize.machine(2) == f"{visualize.processor()}, {dtype}, 2 threads"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    assert visualize.machine() == "H100, bfloat16"
+    assert visualize.machine(1) == "H100, bfloat16, 1 thread"
 
 
 def test_minutes_are_shown_where_they_are_known(lab):
@@ -267,14 +346,14 @@ def test_minutes_are_shown_where_they_are_known(lab):
     found |= dict(rows=rows, axis=visualize.MINUTES)
     text = lambda: Path("page.md").read_text()
     visualize.results_page(found, Path("page"))
-    assert "| minutes of one core |" in text() and "| a, x |  | 1.5 ± 0.7 (1.0, 2.0) | 3.0 |" in text()
+    assert "| minutes of one core (seed 1) |" in text() and "| a, x |  | 1.5 ± 0.7 (1.0, 2.0) | 3.0 |" in text()
     del found["axis"]
     rows[0]["cell"] = "a@key"  # two rows of one run
     visualize.results_page(found, Path("page"))
-    assert "| minutes of one core |" not in text()
+    assert "minutes of one core |" not in text() and "minutes of one core (" not in text()
     rows[0] |= dict(cell="a", minutes=[None, None])
     visualize.results_page(found, Path("page"))
-    assert "| minutes of one core |" not in text()
+    assert "minutes of one core |" not in text() and "minutes of one core (" not in text()
 
 
 def test_values(lab):
@@ -283,10 +362,10 @@ def test_values(lab):
     assert value("still:leak-tube@model still", 0) == 20.5
     finish("base", 0, top1=50.0)
     table = (
-        "path,label,prediction,correct,top5,probabilities\na,Pulse,Pulse,True,Pulse,1\nb,Pulse,Turn2,False,Turn2,1\n"
+        "path,label,prediction,correct,top5,probabilities\na,Pulse,Pulse,True,Pulse,1\nb,Turn2,Pulse,False,Pulse,1\n"
     )
     (lab / "base-s0-tuned" / "predictions.csv").write_text(table)
-    assert value("base", 0) == 50 and value("base@Pulse", 0) == 50
+    assert value("base", 0) == 50 and value("base@Pulse", 0) == 100 and value("base@Turn2", 0) == 0
 
 
 def test_every_experiment_can_be_drawn(lab):
@@ -318,5 +397,8 @@ def test_verdict():
     assert verdict([edge - 1.01, edge - 0.01, edge + 0.99]) == "leans to agree (4 seeds)"
     assert 2.26 * 2.466 / 10**0.5 < 1.833 < 2.31 * 2.466 / 9**0.5  # t, deviation and mean of the next
     assert verdict([-3, 1, -3.5]) == "leans to **disagree** (10 seeds)"
+    assert verdict([1, -1.001]) == "leans to **disagree** (1,000 or more seeds)"
+    assert verdict([10, 11, 12], False) == "holds" and verdict([2.0], False) == "leans to hold"
+    assert verdict([-10, -11, -12], False) == "does **not** hold" and verdict([-2.0], False) == "leans **not** to hold"
     assert verdict([1, -1]) == "open" and verdict([0.0]) == "open" and verdict([2.0]) == "leans to agree"
     assert verdict([1, 1, 1, 1]) == "agrees"
