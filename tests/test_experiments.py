@@ -1,14 +1,13 @@
 """The experiments: their commands are valid, are made once and go on; reports say what the runs' files say."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ import visualize
 from experiments import EXPERIMENTS, jobs_of, measure, run
 from visualize import claims_of, read_score
 
-HERE = Path(experiments.__file__).parent
 STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
 CELLS = sorted({cell for experiment in EXPERIMENTS.values() for *_, cell in experiment["rows"]})
 
@@ -141,16 +139,8 @@ def test_a_job_runs_once_and_goes_on(lab, tmp_path):
 
 
 @pytest.fixture
-def series(lab, tmp_path):
+def series(lab, tmp_path, monkeypatch):
     """Starts a series of table1b; each cell is two stages of a minute, but tube90's second, which fails."""
-    (tmp_path / "series.py").write_text(
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport data, experiments\n"
-        "nothing = lambda *a, **k: data.Split([], [], [])\n"
-        "experiments.make_toy = experiments.read_split = experiments.finetune.draw_shots = nothing\n"
-        "job = lambda name: (name, ['stage.py', name], experiments.LAB / f'{name}.made', [])\n"
-        "experiments.jobs_of = lambda cell, seed: [job(cell), job(f'{cell}-next')]\n"
-        "experiments.main(['table1b', '--jobs', sys.argv[1]])"
-    )
     (tmp_path / "stage.py").write_text(
         "import os, signal, sys, time\nname = sys.argv[1]\nmake = lambda: open(f'runs/lab/{name}.made', 'w').close()\n"
         "save = lambda *a: sys.exit(make() or open('saved', 'w').close())\nsignal.signal(signal.SIGTERM, save)\n"
@@ -158,13 +148,20 @@ def series(lab, tmp_path):
         "if name.startswith('tube90'):\n    time.sleep(0.5); sys.exit('no' if 'next' in name else make())\n"
         "time.sleep(60)"
     )
+    nothing, job = lambda *a, **k: data.Split([], [], []), lambda at: (at, ["stage.py", at], lab / f"{at}.made", [])
+    for module, name in ((experiments, "make_toy"), (experiments, "read_split"), (finetune, "draw_shots")):
+        monkeypatch.setattr(module, name, nothing)
+    monkeypatch.setattr(experiments, "jobs_of", lambda cell, seed: [job(cell), job(f"{cell}-next")])
+
+    def main(jobs):
+        sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
+        experiments.main(["table1b", "--jobs", str(jobs)])
 
     def start(jobs, *began):
-        process = subprocess.Popen(
-            [sys.executable, "series.py", str(jobs)], cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True
-        )
+        process = multiprocessing.get_context("fork").Process(target=main, args=(jobs,))  # imports nothing again
+        process.start()
         for _ in range(600):
-            if all((tmp_path / f"began-{name}").exists() for name in began):
+            if all(Path(f"began-{name}").exists() for name in began):
                 break
             time.sleep(0.1)
         time.sleep(0.2)
@@ -174,30 +171,32 @@ def series(lab, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_series_stops_its_commands(series, tmp_path, number):
+def test_a_stopped_series_stops_its_commands(series, number):
     """Both signals, to the series alone: the stage gets SIGTERM, and even if it ends well no other command begins."""
     process = series(1, "base")
-    process.send_signal(number)
-    assert process.wait(20) == 1 and process.stderr.read() == "stopped: the same command goes on\n"
-    assert (tmp_path / "saved").exists() and process.stdout.read() == "python stage.py base\n"
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == 1 and Path("err").read_text() == "stopped: the same command goes on\n"
+    assert Path("saved").exists() and Path("out").read_text() == "python stage.py base\n"
 
 
-def test_an_error_stops_the_other_commands(series, tmp_path):
+def test_an_error_stops_the_other_commands(series):
     process = series(4, "base", "tube90-next")
-    assert process.wait(50) == 1
-    assert "stage.py tube90-next did not finish, see runs/lab/tube90-next.log" in process.stderr.read()
-    assert (tmp_path / "saved").exists() and not (tmp_path / "began-base-next").exists()
+    process.join(50)
+    assert process.exitcode == 1
+    assert "stage.py tube90-next did not finish, see runs/lab/tube90-next.log" in Path("err").read_text()
+    assert Path("saved").exists() and not Path("began-base-next").exists()
 
 
-def test_a_killed_series_is_not_doubled(series, tmp_path):
+def test_a_killed_series_is_not_doubled(series):
     """Its stage works on; another series waits for nobody and says so. Reports do not mind."""
     process = series(1, "base")
     process.kill()
-    process.wait(20)
+    process.join(20)
     with pytest.raises(SystemExit, match="runs/lab is at work already"):
         experiments.main(["table1b"])
     experiments.main(["--report"])
-    os.kill(int((tmp_path / "began-base").read_text()), signal.SIGKILL)
+    os.kill(int(Path("began-base").read_text()), signal.SIGKILL)
 
 
 def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
