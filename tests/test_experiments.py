@@ -155,6 +155,7 @@ def series(lab, tmp_path, monkeypatch):
 
     def main(jobs):
         sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
         experiments.main(["table1b", "--jobs", str(jobs)])
 
     def start(jobs, *began):
