@@ -501,8 +501,10 @@ def verdict(gaps: list[float], theirs: bool = True) -> str:
     if mean == 0:
         return "open"
     settled, leans = words[:2] if mean > 0 else words[2:]
-    if count == 1 or settles(count):
-        return settled if count > 1 else leans
+    if settles(count):
+        return settled
+    if count == 1:
+        return leans
     return f"{leans} ({next((n for n in range(count + 1, 1000) if settles(n)), '1,000 or more')} seeds)"
 
 
@@ -645,9 +647,9 @@ def results_page(found: dict, page: Path) -> None:
     rows = [f"| | paper | ours, {unit}: mean ± deviation (seeds {seeds}) |", "|---|---|---|"]
     rows += [f"| {row['label']} | {number(row['paper'])} | {spread(row['ours'])} |" for row in found["rows"]]
     if not any("@" in row["cell"] or mean_minutes(row) is None for row in found["rows"]):  # @: one run, many rows
-        known = [None not in of for of in zip(*(row["minutes"] for row in found["rows"]), strict=True)]
-        of = ", ".join(str(seed) for seed, known in zip(found["seeds"], known, strict=True) if known)
-        which = "" if all(known) else f" (seed {of})"
+        columns = zip(found["seeds"], *(row["minutes"] for row in found["rows"]), strict=True)
+        known = [str(seed) for seed, *minutes in columns if None not in minutes]
+        which = f" (seed {', '.join(known)})" * (len(known) < len(found["seeds"]))
         minutes = [MINUTES + which, "---", *(number(mean_minutes(row)) for row in found["rows"])]
         rows = [f"{row} {more} |" for row, more in zip(rows, minutes, strict=True)]
     machines = {}
@@ -696,10 +698,10 @@ def report(experiments: dict[str, dict], folder: Path, readme: Path) -> None:
                 print(f"wrote {page}.md, .png and .json: {len(found['seeds'])} seeds")
             claims = claim_lines(found)
             if len(claims) > 8:
-                kinds = {gap for _, gap, _ in claims_of(found)}
-                count = Counter(line.rpartition(" | ")[2].strip(" |").split(" (")[0] for line in claims)
+                gaps = [(gap, ours) for _, gap, ours in claims_of(found)]
+                count = Counter(verdict(ours, gap != OURS).split(" (")[0] for gap, ours in gaps)
                 said = ", ".join(f"{number} {word}" for word, number in count.items())
-                claims = [f"| {len(claims)} claims | {OURS if kinds == {OURS} else ''} | | {said} |"]
+                claims = [f"| {len(claims)} claims | {OURS * all(gap == OURS for gap, _ in gaps)} | | {said} |"]
             about = f"{sum(found['minutes']):.0f} {MINUTES}, {len(found['seeds'])} seeds"
             lines += [f"| **[{found['title']}]({page}.md)** | | {about} | |", *claims]
     parts = readme.read_text().split(MARK) if readme.exists() else []
