@@ -8,22 +8,36 @@ import sys
 import pytest
 import torch
 
-import data
-
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
-torch.set_num_threads(1)  # more threads wait for each other longer than they work, on tensors as small as these
+torch.set_num_threads(1)  # on tensors as small as these, threads mostly wait for each other
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
+    """A toy data set of 24 training and 12 test videos."""
+    from lib import prepare
+
     folder = tmp_path_factory.mktemp("data") / "toy"
-    data.make_toy(folder, train=24, test=12)
+    prepare.make_toy(folder, train=24, test=12)
     return folder
+
+
+@pytest.fixture
+def here(toy, tmp_path, monkeypatch):
+    """An empty working directory; the toy set's path. Trainings draw nothing."""
+    import visualize
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(visualize, "main", lambda argv: None)
+    monkeypatch.setattr(visualize, "plot_log", lambda folder: None)
+    return str(toy)
 
 
 def _work(rank, size, port, stage, argv, start):
     multiprocessing.set_start_method(start, force=True)
-    here = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    here = dict(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
     os.environ.update({key: str(value) for key, value in here.items()})
     torch.set_num_threads(1)
     with open(f"{stage}-{rank}.txt", "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
@@ -34,7 +48,7 @@ def _work(rank, size, port, stage, argv, start):
 def forks():
     """Processes that start without importing torch anew."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot", "av", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot", "av", "pretrain"])
     return context
 
 
@@ -45,11 +59,13 @@ def train(forks):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        jobs = [forks.Process(target=_work, args=(rank, size, port, stage, argv, start)) for rank in range(size)]
+        how = (size, port, stage, argv, start)
+        jobs = [forks.Process(target=_work, args=(rank, *how)) for rank in range(size)]
         for job in jobs:
             job.start()
         for job in jobs:
             job.join(100)
-        assert [job.exitcode for job in jobs] == [0] * size, [open(f"{stage}-{r}.txt").read() for r in range(size)]
+        said = [open(f"{stage}-{rank}.txt").read() for rank in range(size)]
+        assert [job.exitcode for job in jobs] == [0] * size, said
 
     return train

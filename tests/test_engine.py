@@ -1,213 +1,316 @@
-"""Plumbing: flags, learning rate, parameter groups, checkpoints, log."""
+"""Plumbing: flags, schedule, order, checkpoints, the log, signals, losses that are not finite."""
 
 import json
 import os
 import pickle
 import resource
 import signal
-import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
-import data
-import engine
-import model
-import visualize
+from lib import engine
+from lib.run import Log, Run
 
 
 @dataclass
 class Flags:
-    count: int = engine.opt(3, "clips", 0)
+    count: int = engine.opt(3, "clips", 0, 9)
     rate: float | None = engine.opt(None, "Hz")
     kind: Literal["a", "b"] = engine.opt("a", "100% kind")
     cube: tuple[int, ...] = engine.opt((2, 8, 8), "pixels")
     flip_it: bool = engine.opt(True, "mirror")
-    na_me: str = engine.opt("x", "word")
+    data: str | None = engine.opt(None, "folder")
 
 
-PRESETS = {"small": dict(count=1), "big": dict(count=9, rate=2.0)}
+PRESETS = {"small": dict(count=1), "big": dict(count=9, rate=2.0), "own": dict(count=2)}
 
 
-def test_flags_win_over_presets_and_presets_over_defaults():
-    assert engine.parse_config(Flags, [], "", PRESETS) == ("small", Flags(count=1))
-    preset, flags = engine.parse_config(Flags, "big --rate 5 --cube 1 2 3 --no-flip-it --kind b".split(), "", PRESETS)
-    assert preset == "big" and flags == Flags(9, 5.0, "b", (1, 2, 3), False)
-    assert engine.parse_config(Flags, ["--flip_it"], "", PRESETS)[1].flip_it is True  # underscores work too
-    assert engine.parse_config(Flags, ["--rate=-1e-3"], "", PRESETS)[1].rate == -1e-3
-    assert engine.parse_config(Flags, ["--na_me=a_b"], "", PRESETS)[1].na_me == "a_b"
+def parse(line):
+    return engine.parse_config(Flags, line.split(), "", PRESETS)
+
+
+def test_flags_beat_presets_and_presets_beat_defaults():
+    assert parse("") == ("small", Flags(count=1))
+    line = "big --rate 5 --cube 1 2 3 --no-flip-it --kind b"
+    assert parse(line) == ("big", Flags(9, 5.0, "b", (1, 2, 3), False))
+    assert parse("--flip_it --rate=-1e-3")[1] == Flags(count=1, rate=-1e-3)  # underscores work too
+    assert parse("--data a_b") == ("own", Flags(count=2, data="a_b"))  # never the toy recipe
+    assert parse("big --data=x")[0] == "big"
 
 
 @pytest.mark.parametrize(
-    "argv", ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False", "--count -1"]
-)
-def test_mistakes_in_flags_are_one_line_and_exit_code_2(argv, capsys):
+    "line",
+    ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False", "--count -1",
+     "--count 10", "--count nan"],
+)  # fmt: skip
+def test_mistakes_in_flags_are_one_line_and_exit_code_2(line, capsys):
     with pytest.raises(SystemExit) as stop:
-        engine.parse_config(Flags, argv.split(), "", PRESETS)
+        parse(line)
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_help_shows_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
-        engine.parse_config(Flags, ["--help"], "", PRESETS)
+        parse("--help")
     assert "100% kind (default: a)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_learning_rate_follows_the_official_schedule():
-    lr = [data.cosine_lr(step, 100, 10, 1.0, 0.1) for step in range(100)]
+def test_the_learning_rate_follows_the_official_schedule():
+    lr = [engine.cosine_lr(step, 100, 10, 1.0, 0.1) for step in range(100)]
     assert lr[0] == 0 and lr[9] == 1 and lr[3] == pytest.approx(3 / 9)  # linspace(0, 1, 10)
-    assert lr[10] == 1 and lr[55] == pytest.approx(0.55)  # half-way: the mean of peak and floor
+    assert lr[10] == 1 and lr[55] == pytest.approx(0.55)  # half-way: the mean of both
     assert 0.1 < lr[99] < 0.101
-    assert data.cosine_lr(0, 10, 0, 1.0, 0.0) == 1
+    assert engine.cosine_lr(0, 10, 0, 1.0, 0.0) == 1
 
 
-def test_effective_batch():
-    assert data.split_batch(192, 1, None) == (192, 1)
-    assert data.split_batch(192, 4, None) == (48, 1)
-    assert data.split_batch(192, 4, 16) == (16, 3)
-    for bad in ((10, 4, None), (192, 1, 100), (2, 4, None)):
-        with pytest.raises(ValueError, match=str(bad[0])):
-            data.split_batch(*bad)
+def test_effective_batch(monkeypatch):
+    for processes, batch, micro, expected in (
+        (1, 192, None, (192, 1)), (4, 192, None, (48, 1)), (4, 192, 16, (16, 3)),
+        (4, 10, None, None), (1, 192, 100, None), (4, 2, None, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(engine, "processes", lambda n=processes: n)
+        if expected:
+            assert engine.split_batch(batch, micro) == expected
+        else:
+            with pytest.raises(ValueError, match=str(batch)):
+                engine.split_batch(batch, micro)
 
 
-def parts():
-    net = nn.Linear(3, 4)
-    return net, torch.optim.AdamW(net.parameters())
+def test_order_is_the_same_however_it_is_spread(monkeypatch):
+    def spread(processes, micro, start):
+        steps = {}
+        for rank in range(processes):
+            monkeypatch.setattr(engine, "processes", lambda: processes)
+            monkeypatch.setattr(engine, "rank", lambda r=rank: r)
+            keys = list(engine.Order(26, 8, micro, start, 7, seed=3))
+            passes = 8 // processes // micro
+            for i in range(start, 7):
+                parts = keys[(i - start) * passes :][:passes]
+                steps.setdefault(i, []).extend(key for part in parts for key in part)
+        return steps
+
+    alone = spread(1, 8, 0)
+    assert spread(2, 2, 0) == alone and spread(4, 1, 0) == alone
+    later = spread(2, 4, 4)
+    assert later == {step: alone[step] for step in range(4, 7)}
+    epoch = [index for step in range(3) for index, _ in alone[step]]
+    assert len(set(epoch)) == 24  # each video at most once per epoch
+    assert [i for i, _ in alone[0]] != [i for i, _ in alone[3]]
+    assert len({seed for step in alone.values() for _, seed in step}) == 56
+    with pytest.raises(ValueError, match="larger than the 4 videos"):
+        engine.Order(4, 8, 8, 0, 1, 0)
+
+
+# checkpoints
 
 
 def test_checkpoints_survive_a_failed_write(tmp_path):
-    engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=1)
+    path = tmp_path / "checkpoint.pt"
+    engine.save_checkpoint(path, stage="pretrain", step=1)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=lambda: 0)  # stops in the middle
-    assert engine.load_checkpoint(tmp_path / "checkpoint.pt", "pretrain")["step"] == 1
+        engine.save_checkpoint(path, stage="pretrain", step=lambda: 0)  # stops in the middle
+    assert engine.load_checkpoint(path, "pretrain")["step"] == 1
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     """A limit on the size of files fails a write in the middle, as a full disk does."""
-    engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=1)
+    path = tmp_path / "checkpoint.pt"
+    engine.save_checkpoint(path, stage="pretrain", step=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
     try:
         with pytest.raises(ValueError, match="checkpoint.pt cannot be written"):
-            engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=2, more=torch.zeros(100000))
+            engine.save_checkpoint(path, stage="pretrain", step=2, more=torch.zeros(100000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt"]
-    assert engine.load_checkpoint(tmp_path / "checkpoint.pt", "pretrain")["step"] == 1
-
-
-@pytest.mark.parametrize("how", ["cut", "empty", "gone", "one bit", "text"])
-def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(tmp_path, capsys, how):
-    for step in (1, 2):
-        engine.save_checkpoint(tmp_path, *parts(), stage="pretrain", step=step, more=torch.zeros(1000))
-    path = tmp_path / "checkpoint.pt"
-    whole = bytearray(path.read_bytes())
-    assert engine.load_checkpoint(path, "pretrain")["step"] == 2 and capsys.readouterr().err == ""
-    whole[len(whole) // 2] ^= how == "one bit"
-    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "one bit": whole}.get(how, b"hello"))
-    if how == "gone":
-        path.unlink()  # killed between the two renames
+        signal.signal(signal.SIGXFSZ, before)
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
     assert engine.load_checkpoint(path, "pretrain")["step"] == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "checkpoint.pt" in said and "taking" in said and "previous.pt" in said
-    (tmp_path / "previous.pt").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="previous.pt is not a readable checkpoint"):
-        engine.load_checkpoint(path, "pretrain")
-
-
-def test_signals_are_noted_until_told_otherwise():
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        came = engine.stop_signals(catch=True)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert came == [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C does not wait
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        engine.stop_signals(catch=False)
-        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Attack:
     def __reduce__(self):
-        return (open, ("/tmp/videomae-was-here", "w"))
+        return (open, ("was-here", "w"))
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    files = {
-        name: tmp_path / name for name in ("text.pt", "attack.pt", "other.pt", "finetune.pt", "cut.pt", "missing.pt")
-    }
-    files["text.pt"].write_text("hello")
-    torch.save({"stage": "pretrain", "model": Attack()}, files["attack.pt"])
-    torch.save({"state_dict": {}}, files["other.pt"])
-    torch.save({"stage": "finetune"}, files["finetune.pt"])
-    whole = tmp_path / "whole.pt"
-    torch.save({"stage": "pretrain", "model": torch.zeros(10000)}, whole)
-    files["cut.pt"].write_bytes(whole.read_bytes()[:20000])
-    for name, path in files.items():
-        with pytest.raises(ValueError, match=name):
-            engine.load_checkpoint(path, "pretrain")
-    assert not os.path.exists("/tmp/videomae-was-here")
+def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open("text.pt", "w").write("hello")
+    torch.save({"stage": "pretrain", "model": Attack()}, "attack.pt")
+    torch.save({"state_dict": {}}, "other.pt")
+    torch.save({"stage": "finetune"}, "finetune.pt")
+    torch.save({"stage": "pretrain", "model": torch.zeros(10000)}, "whole.pt")
+    open("cut.pt", "wb").write(open("whole.pt", "rb").read()[:20000])
+    for name in ("text", "attack", "other", "finetune", "cut", "missing"):
+        with pytest.raises(ValueError, match=f"{name}.pt"):
+            engine.load_checkpoint(f"{name}.pt", "pretrain")
+    assert not os.path.exists("was-here")
 
 
-def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch, tmp_path):
+def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["stage.py"])
     with pytest.raises(SystemExit) as stop:
-        engine.cli(lambda argv: engine.load_checkpoint(tmp_path / "none.pt", "pretrain"))
+        engine.cli(lambda argv: engine.load_checkpoint("none.pt", "pretrain"))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith(f"error: {tmp_path}/none.pt") and said.count("\n") == 1
-    assert "No such file" in said
-    with pytest.raises(ValueError, match="invalid literal"):
-        engine.cli(lambda argv: json.loads("[1]", parse_int=lambda s: int("x")))
+    assert stop.value.code == 2 and said == "error: no checkpoint none.pt\n"
+    with pytest.raises(ValueError, match="Expecting value"):
+        engine.cli(lambda argv: json.loads("no json"))
 
 
-def test_log_drops_what_the_checkpoint_does_not_cover(tmp_path):
-    path = tmp_path / "run" / "log.jsonl"
-    log = visualize.Log(path, 0, 30, on=True)
-    log.write(config={})
-    for step in (10, 20, 30):
-        log.write(step=step, loss=1.0 / step)
-    path.write_text(path.read_text() + '{"step": 15, "lo')  # killed while writing
-    visualize.Log(path, 20, 30, on=True)
-    assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 10, 20]
-    visualize.Log(path, 0, 30, on=True)
-    assert path.read_text() == ""
+# runs: a model of one weight, data of numbers
 
 
-def test_precision():
+class Numbers:
+    """A data set whose items are their index."""
+
+    split = SimpleNamespace(paths=[f"{i}.avi" for i in range(12)])
+
+    def __len__(self):
+        return 12
+
+
+class OneWeight(nn.Module):
+    config = dict(size="one")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return (self.weight * x).mean()
+
+
+DEFAULTS = dict(
+    epochs=2, batch=4, micro=2, base_lr=0.1, min_lr=0, warmup=0, clip_grad=None, precision="fp32",
+    seed=0, workers=0, resume=False, compile=False, memory="fast", log_every=2, save_minutes=100,
+    repeats=1,
+)  # fmt: skip
+
+
+def begin(**flags):
+    Config = dataclass(
+        type("Config", (), {"__annotations__": {k: object for k in DEFAULTS}, **DEFAULTS})
+    )
+    model = OneWeight()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    return Run("pretrain", "x", Config(**flags), model, optimizer, Numbers(), torch.device("cpu"))
+
+
+def finish(run, before_step=lambda step: None, unreadable=None):
+    def batches():
+        for keys in run.order:
+            clips = torch.tensor([float(index) for index, _ in keys])
+            yield clips, clips.long(), unreadable or {}
+
+    source = batches()
+    for step in run.steps():
+        before_step(step)
+        for clips, _ in run.passes(source):
+            run.backward(run.net(clips))
+        run.update(0.1)
+    run.close()
+    return run
+
+
+def lines():
+    return [json.loads(line) for line in open("runs/x/log.jsonl")]
+
+
+def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finish(begin())
+    first, *rest = lines()
+    assert first["config"]["model"] == {"size": "one"} and first["config"]["flags"]["batch"] == 4
+    assert [line["step"] for line in rest] == [2, 4, 6]
+    # By hand: gradient = mean of the step's numbers; loss = weight * that mean.
+    weight, losses = 1.0, []
+    for step in range(6):
+        keys = engine.Order(12, 4, 4, 0, 6, 0).step_keys(step)
+        mean = sum(index for index, _ in keys) / 4
+        losses.append(weight * mean)
+        weight -= 0.1 * mean
+    expected = [(losses[i] + losses[i + 1]) / 2 for i in (0, 2, 4)]
+    assert [line["loss"] for line in rest] == pytest.approx(expected, rel=1e-5)
+    state = engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")
+    assert state["step"] == state["steps"] == 6
+    assert state["model"]["weight"].item() == pytest.approx(weight, rel=1e-5)
+    said = capsys.readouterr().out
+    assert "6 (2 epochs" in said and "1 processes x 2 passes x 2 videos" in said
+    with pytest.raises(ValueError, match="--resume"):
+        begin()
+    with pytest.raises(ValueError, match="another epochs than before"):
+        begin(resume=True, epochs=3)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        begin(warmup=2)
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
+def test_a_signal_saves_after_the_step_and_resume_goes_on(
+    tmp_path, monkeypatch, capsys, name, code
+):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(getattr(signal, name))
+    send = lambda step: step == 2 and os.kill(os.getpid(), getattr(signal, name))
+    with pytest.raises(SystemExit) as stop:
+        finish(begin(), send)
+    assert stop.value.code == code and signal.getsignal(getattr(signal, name)) == before
+    assert f"stopped by {name} after step 3 of 6" in capsys.readouterr().out
+    assert engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["step"] == 3
+    open("runs/x/log.jsonl", "a").write('{"step": 5, "loss": 1}\n{"step": 4, "lo')  # killed later
+    finish(begin(resume=True))
+    assert [line["step"] for line in lines()[1:]] == [2, 3, 4, 6]
+    assert "going on after step 3" in capsys.readouterr().out
+    resumed = engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["model"]["weight"]
+    os.rename("runs/x", "runs/y")
+    finish(begin())
+    whole = engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["model"]["weight"]
+    assert torch.equal(resumed, whole)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = begin(save_minutes=0)
+    keys = run.order.step_keys(3)
+
+    def spoil(step):
+        if step == 3:
+            run.model.weight.data.fill_(float("nan"))
+
+    with pytest.raises(ValueError, match=r"the loss is nan at step 3 \(lr 0.1\)") as error:
+        finish(run, spoil)
+    assert all(f"{index}.avi" in str(error.value) for index, _ in keys)
+    assert engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["step"] == 3  # the one before
+
+
+def test_unreadable_videos_are_named_once_and_too_many_end_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finish(begin(), unreadable={"a.avi": "a.avi: broken"})
+    said = capsys.readouterr()
+    assert said.err.count("a.avi: broken") == 1 and "1 unreadable videos" in said.out
+    assert lines()[-1]["unreadable"] == 1
+    os.rename("runs/x", "runs/y")
+    with pytest.raises(ValueError, match="over a tenth"):
+        finish(begin(), unreadable={"a.avi": "a.avi: broken", "b.avi": "b.avi: broken"})
+
+
+def test_a_new_run_forgets_an_old_log(tmp_path):
+    Log(tmp_path, 0, 9, config={})
+    (tmp_path / "log.jsonl").write_text('{"step": 9}\n')
+    Log(tmp_path, 0, 9, config={})
+    assert "step" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_devices_and_precision():
     cpu = torch.device("cpu")
-    assert model.precision_dtype("bf16", cpu) == torch.bfloat16
-    assert model.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
-
-
-def test_cuda_without_a_gpu_is_one_clear_error():
-    if torch.cuda.is_available():
-        pytest.skip("has a GPU")
-    with pytest.raises(ValueError, match="--device cpu"):
-        engine.setup("cuda")
-
-
-@pytest.mark.parametrize("shard", [False, True])
-def test_spread_models_compile(tmp_path, shard):
-    """Over processes, here one: FSDP2 gathers weights between the blocks, where there can be no one graph."""
-    torch._dynamo.reset()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        size = dict(dim=24, depth=1, heads=2, decoder_dim=24, decoder_depth=1, decoder_heads=2)
-        mae = model.VideoMAE(size, (4, 16, 16), (2, 8, 8))
-        net = engine.parallel(mae, shard)
-        mae.compile(backend="aot_eager")
-        mask = torch.tensor([[True, False, False, True] * 2])
-        loss, _ = net(torch.randint(256, (1, 4, 3, 16, 16), dtype=torch.uint8), mask)
-        loss.backward()
-        assert all(p.grad is not None for p in mae.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+    assert engine.precision_dtype("bf16", cpu) == torch.bfloat16
+    assert engine.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    assert engine.setup("cpu") == cpu and engine.rank() == 0 and engine.processes() == 1
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cpu"):
+            engine.setup("cuda")

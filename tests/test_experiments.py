@@ -1,4 +1,4 @@
-"""The experiments: their commands are valid, are made once and go on; reports say what the runs' files say."""
+"""The experiments: their commands are valid, run once and resume; pages say what the runs left."""
 
 import json
 import multiprocessing
@@ -12,289 +12,348 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
-import engine
-import experiments
 import finetune
 import linprobe
 import pretrain
-import visualize
-from experiments import EXPERIMENTS, jobs_of, measure, run
-from visualize import claims_of, read_score
+from data import TOY, Split
+from experiments import leak, report, run
+from experiments.report import claims_of, read_score, verdict
+from experiments.run import Job, Series, chains_of, jobs_of, measure
+from experiments.table import DOWN, EXPERIMENTS, LAB, PRETRAIN, STILL
+from lib import engine
+from lib.prepare import MOTIONS
 
 STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
 CELLS = sorted({cell for experiment in EXPERIMENTS.values() for *_, cell in experiment["rows"]})
+RESULTS, OVERVIEW = Path("experiments/results"), Path("docs/results.md")
+HEAD = "path,label,prediction,correct,top5,probabilities\n"
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments, "STOPPED", [])
-    experiments.LAB.mkdir(parents=True)
-    return experiments.LAB
+    LAB.mkdir(parents=True)
+    return LAB
 
 
-def finish(cell, seed, machine="one", **found):
-    """Leave the files of a cell's commands, as if they had run for a minute each."""
-    for name, _, product, by in jobs_of(cell, seed):
-        product.parent.mkdir(exist_ok=True)
-        product.write_text(json.dumps(found))
-        about = dict(by=by, machines=[machine], seconds=60)
-        (experiments.LAB / f"{name}.job").write_text(json.dumps(about))
+def finish(cell, seed, machine="one", commit="c0ffee", **found):
+    """Leave the files of a cell's jobs, as if they had run for a minute each."""
+    for job in jobs_of(cell, seed):
+        job.product.parent.mkdir(exist_ok=True)
+        job.product.write_text(json.dumps(found))
+        about = dict(chain=job.chain, machines=[machine], commits=[commit], seconds=60)
+        job.record.write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_every_command_is_one_its_stage_accepts(cell):
-    for name, (script, *flags), product, _ in jobs_of(cell, 1):
-        line = " ".join(flags)
-        if script == "visualize.py":
-            _, cfg = engine.parse_config(visualize.Config, flags, "", {"": {}})
-            assert cfg.out == f"{experiments.LAB / name}.png" and product.name == f"{name}-psnr.json"
-        else:
-            _, cfg = engine.parse_config(STAGES[script].Config, flags, "", STAGES[script].PRESETS)
-            assert f"runs/{cfg.name}" == str(product.parent) and "SEED" not in line
-        assert cfg.seed == 1 and "-s0" not in line and not ("checkpoint.pt" in line and "-s1/checkpoint.pt" not in line)
-        if script == "pretrain.py":
-            assert cfg.warmup < cfg.epochs
+# ------------------------------------------------------------------------------------- the table
 
 
-# What of the toy recipe a cell's pre-training changes, and its last job.
-CHANGES = {
-    "base": {}, "depth1": dict(decoder_depth=1), "depth4": dict(decoder_depth=4), "l1": dict(loss="l1"),
-    "center": dict(target="center"), "double": dict(target="double"), "dense": dict(stride=1),
-    "random75": dict(mask="random"), "frame75": dict(mask="frame"), "tube50": dict(ratio=0.5),
-    "tube90": dict(ratio=0.9), "tube95": dict(ratio=0.95), "epochs10": dict(epochs=10), "epochs20": dict(epochs=20),
-    "few": dict(splits="runs/lab/few-s1.txt"), "few-long": dict(splits="runs/lab/few-s1.txt", epochs=120, warmup=4),
-    "half": dict(splits="runs/lab/half-s1.txt"), "half-long": dict(splits="runs/lab/half-s1.txt", epochs=60, warmup=2),
-    "still": dict(data=data.STILL), "still-random": dict(data=data.STILL, mask="random"),
-    "still-frame": dict(data=data.STILL, mask="frame"),
-    "base:probe": {}, "none:probe": dict(init="random"), "none": dict(init="none", init_scale=1, base_lr=0.008),
-    "none:tuned40": dict(init="none", init_scale=1, base_lr=0.008, epochs=40), "still:still": dict(data=data.STILL),
-    "few-long:all25": dict(shots=25, epochs=32, warmup=3.2), "half-long:all50": dict(shots=50, epochs=16, warmup=1.6),
-    "base:all100": dict(shots=100, epochs=8, warmup=0.8), "still-frame:leak-frame": dict(mask="frame"),
-    "still:leak-tube": {}, "still-random:leak-random": dict(mask="random"),
-}  # fmt: skip
+def parsed(job):
+    """(stage, Config) that a job's command gives."""
+    script, *flags = job.argv
+    if script == "-m":
+        return leak, engine.parse_config(leak.Config, flags[1:], "", {"": {}})[1]
+    stage = STAGES[script]
+    preset, cfg = engine.parse_config(stage.Config, flags, "", stage.PRESETS)
+    assert preset == "toy"
+    return stage, cfg
+
+
+def test_every_command_is_one_its_stage_accepts():
+    for cell in CELLS:
+        for job in jobs_of(cell, 1):
+            stage, cfg = parsed(job)
+            where = cfg.out if stage is leak else f"runs/{cfg.name}"
+            assert where in (str(job.product), str(job.product.parent))
+            line = " ".join(job.argv)
+            assert cfg.seed == 1 and "SEED" not in line and "-s0" not in line
+            if stage is pretrain:
+                assert cfg.warmup < cfg.epochs
+            elif ":" in cell and not cell.startswith("none"):
+                assert f"{LAB}/{cell.partition(':')[0]}-s1/checkpoint.pt" in line
+
+
+CHANGES = {  # what of the toy recipe a name changes, in pre-training or after it
+    "base": {},
+    "depth1": dict(decoder_depth=1),
+    "l1": dict(loss="l1"),
+    "center": dict(model="center"),
+    "double": dict(model="double"),
+    "dense": dict(stride=1),
+    "random75": dict(mask="random"),
+    "tube95": dict(ratio=0.95),
+    "epochs20": dict(epochs=20),
+    "few-long": dict(splits="runs/lab/few-s1.txt", epochs=120, warmup=4),
+    "half": dict(splits="runs/lab/half-s1.txt"),
+    "still-frame": dict(data=STILL, mask="frame"),
+    "none": dict(init="none", init_scale=1, base_lr=0.008),
+    "none:tuned40": dict(init="none", init_scale=1, base_lr=0.008, epochs=40),
+    "none:probe": dict(init="random"),
+    "base:probe": {},
+    "still:still": dict(data=STILL),
+    "few-long:all25": dict(shots=25, epochs=32, warmup=3.2),
+    "base:all100": dict(shots=100, epochs=8, warmup=0.8),
+    "still-frame:leak-frame": dict(mask="frame"),
+}
 
 
 @pytest.mark.parametrize("cell", CHANGES)
 def test_a_cell_changes_what_its_name_says(cell):
     """And nothing else of the toy recipe."""
     jobs = jobs_of(cell, 1)
-    _, (script, *flags), *_ = jobs[0] if ":" not in cell and cell != "none" else jobs[-1]
-    if script == "visualize.py":
-        module, preset = visualize, dict(ratios=(0.75,), scored=200)  # of all masks
-    else:
-        module, preset = STAGES[script], STAGES[script].PRESETS["toy"]
-    _, cfg = engine.parse_config(module.Config, flags, "", {"": preset})
-    changed = {name: value for name, value in vars(cfg).items() if value != vars(module.Config(**preset))[name]}
-    ours = ["name", "seed", "resume", "out", "checkpoint"] + ["init"] * (":" in cell and "none" not in cell)
-    assert {name: value for name, value in changed.items() if name not in ours} == CHANGES[cell]
-
-
-def test_names_that_are_none():
-    for cell in ("epoch20", "base:tune"):
-        with pytest.raises(KeyError):
-            jobs_of(cell, 0)
+    stage, cfg = parsed(jobs[-1] if ":" in cell or cell == "none" else jobs[0])
+    recipe = vars(leak.Config() if stage is leak else stage.Config(**stage.PRESETS["toy"]))
+    changed = {name: value for name, value in vars(cfg).items() if value != recipe[name]}
+    for name in ("name", "seed", "resume", "out", "checkpoint"):
+        changed.pop(name, None)
+    if not cell.startswith("none"):
+        changed.pop("init", None)
+    assert changed == CHANGES[cell]
 
 
 def test_claims_are_about_the_rows_and_say_what_the_paper_says():
     for name, experiment in EXPERIMENTS.items():
         paper = {cell: number for _, number, cell in experiment["rows"]}
         for text, gap, more, less in experiment.get("claims", []):
-            assert {*more.split(" + "), *less.split(" + ")} <= set(paper)
-            if isinstance(gap, float) and text != "tubes beat random masks (theirs: 90 %)":  # both of theirs are
-                numbers = [sum(paper[cell] for cell in side.split(" + ")) for side in (more, less)]
-                assert numbers[0] - numbers[1] == pytest.approx(gap), (name, text)
+            sides = [side.split(" + ") for side in (more, less)]
+            assert {*sides[0], *sides[1]} <= set(paper)
+            if isinstance(gap, float) and "theirs: 90 %" not in text:  # both of theirs at 90 %
+                ours = [sum(paper[cell] for cell in side) for side in sides]
+                assert ours[0] - ours[1] == pytest.approx(gap), (name, text)
 
 
-def test_cells_share_their_pretraining():
+def test_names_that_are_none():
+    for cell in ("epoch20", "base:tune"):
+        with pytest.raises(KeyError):
+            jobs_of(cell, 0)
+    assert len(PRETRAIN) + len(DOWN) > 30
+
+
+# ------------------------------------------------------------------------------------------- jobs
+
+
+def test_what_cells_share_runs_once():
     (first, tuned), (again, probe) = jobs_of("base", 0), jobs_of("base:probe", 0)
-    assert [argv for argv, _ in tuned[3]] == [first[1], tuned[1]] and [first[3], tuned[3][:1]] == [first[3]] * 2
-    assert first == again and tuned[0] != probe[0] and jobs_of("base@Pulse", 0) == [first, tuned]
-    assert first != jobs_of("base", 1)[0] and len(jobs_of("none", 0)) == 1
-    assert "--init none" in " ".join(jobs_of("none", 0)[0][1]) and "random" in jobs_of("none:probe", 0)[0][1]
-
-
-def test_a_job_runs_once_and_goes_on(lab, tmp_path):
-    (tmp_path / "stage.py").write_text(
-        "import os, sys; print(os.environ['OMP_NUM_THREADS'], flush=True); open('tries', 'a').write('x')\n"
-        "if len(open('tries').read()) < 2: sys.exit('no')\nopen(sys.argv[1], 'w').write('made')"
+    assert (
+        first == again and tuned.name != probe.name and jobs_of("base@Pulse", 0) == [first, tuned]
     )
-    job = ("a", ["stage.py", "made"], tmp_path / "made", [[["stage.py", "made"], None]])
-    with pytest.raises(ValueError, match="did not finish, see runs/lab/a.log; the same command goes on"):
-        run(*job, 3)
-    first = json.loads((lab / "a.job").read_text())["seconds"]
-    assert first > 0 and (lab / "a.log").read_text() == "3\nno\n"
-    run(*job, 1)
-    second = json.loads((lab / "a.job").read_text())["seconds"]
-    assert second > first and not experiments.RUNNING
-    run(*job, 1)
-    assert (tmp_path / "tries").read_text() == "xx" and json.loads((lab / "a.job").read_text())["seconds"] == second
-    for other in ([[["stage.py", "other"], None]], [[["stage.py", "made"], {"epochs": 1}]], [job[3][0], job[3][0]]):
-        with pytest.raises(ValueError, match=r"lab/a.job is of other commands or recipes: remove runs/lab/a\*$"):
-            run(*job[:3], other, 1)
-    (lab / "a.job").unlink()  # killed between the two: it is asked again, and says that nothing is left to do
-    run(*job, 1)
-    assert (tmp_path / "tries").read_text() == "xxx" and (lab / "a.job").exists()
+    assert [argv for argv, _ in tuned.chain] == [first.argv, tuned.argv]
+    assert first.chain == tuned.chain[:1] == probe.chain[:1]
+    assert first != jobs_of("base", 1)[0] and len(jobs_of("none", 0)) == 1
+    chains = chains_of(["table1b", "figure3", "table3"], 0)
+    names = [job.name for chain in chains for job in chain]
+    assert len(names) == len(set(names)) and [first, tuned, probe] in chains
+
+
+def test_a_job_runs_once_and_resumes(lab, tmp_path):
+    Path("stage.py").write_text(
+        "import os, sys\n"
+        "print(os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "open('tries', 'a').write('x')\n"
+        "if len(open('tries').read()) < 2: sys.exit('no')\n"
+        "open('made', 'w').close()\n"
+    )
+    series = Series(1)
+    series.threads = 3
+    job = Job("a", ["stage.py"], tmp_path / "made", [[["stage.py"], None]])
+    with pytest.raises(ValueError, match="did not finish, see runs/lab/a.log; the same command"):
+        series.run(job)
+    first = job.about()
+    assert first["seconds"] > 0 and (lab / "a.log").read_text() == "3\nno\n" and not job.done()
+    series.run(job)
+    second = job.about()
+    assert second["seconds"] > first["seconds"] and job.done() and not series.running
+    series.run(job)
+    assert Path("tries").read_text() == "xx" and job.about() == second
+    for chain in ([[["other.py"], None]], [[["stage.py"], {"epochs": 1}]], job.chain * 2):
+        other = Job("a", ["stage.py"], job.product, chain)
+        assert not other.done()
+        with pytest.raises(ValueError, match=r"a.job is of other .*: remove runs/lab/a\*$"):
+            series.run(other)
+    assert Path("tries").read_text() == "xx"
+    job.record.unlink()  # killed between product and record: the stage is asked again
+    series.run(job)
+    assert Path("tries").read_text() == "xxx" and job.done()
 
 
 @pytest.fixture
-def series(lab, tmp_path, monkeypatch):
-    """Starts a series of table1b; each cell is two stages of a minute, but tube90's second, which fails."""
-    (tmp_path / "stage.py").write_text(
-        "import os, signal, sys, time\nname = sys.argv[1]\nmake = lambda: open(f'runs/lab/{name}.made', 'w').close()\n"
-        "save = lambda *a: sys.exit(make() or open('saved', 'w').close())\nsignal.signal(signal.SIGTERM, save)\n"
+def series(lab, monkeypatch):
+    """Starts a series of table1b in a process. Stages take a minute; tube90's second one fails."""
+    Path("stage.py").write_text(
+        "import os, signal, sys, time\n"
+        "name = sys.argv[1]\n"
+        "def save(*_):\n"
+        "    open('saved', 'w').close()\n"
+        "    open(f'runs/lab/{name}.made', 'w').close()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         "open(f'began-{name}', 'w').write(str(os.getpid()))\n"
-        "if name.startswith('tube90'):\n    time.sleep(0.5); sys.exit('no' if 'next' in name else make())\n"
-        "time.sleep(60)"
+        "if name == 'tube90':\n"
+        "    open(f'runs/lab/{name}.made', 'w').close()\n"
+        "elif name == 'tube90-next':\n"
+        "    sys.exit('no')\n"
+        "else:\n"
+        "    time.sleep(60)\n"
     )
-    nothing, job = lambda *a, **k: data.Split([], [], []), lambda at: (at, ["stage.py", at], lab / f"{at}.made", [])
-    for module, name in ((experiments, "make_toy"), (experiments, "read_split"), (finetune, "draw_shots")):
-        monkeypatch.setattr(module, name, nothing)
-    monkeypatch.setattr(experiments, "jobs_of", lambda cell, seed: [job(cell), job(f"{cell}-next")])
+
+    def job(name):
+        return Job(name, ["stage.py", name], LAB / f"{name}.made", [name])
+
+    monkeypatch.setattr(run, "prepare", lambda seed: None)
+    monkeypatch.setattr(run, "jobs_of", lambda cell, seed: [job(cell), job(f"{cell}-next")])
 
     def main(jobs):
         sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
-        experiments.main(["table1b", "--jobs", str(jobs)])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+        run.main(["table1b", "--jobs", str(jobs)])
 
     def start(jobs, *began):
-        process = multiprocessing.get_context("fork").Process(target=main, args=(jobs,))  # imports nothing again
+        process = multiprocessing.get_context("fork").Process(target=main, args=(jobs,))
         process.start()
-        for _ in range(600):
+        for _ in range(400):
             if all(Path(f"began-{name}").exists() for name in began):
                 break
-            time.sleep(0.1)
-        time.sleep(0.2)
+            time.sleep(0.05)
+        time.sleep(0.1)
         return process
 
     return start
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_series_stops_its_commands(series, number):
-    """Both signals, to the series alone: the stage gets SIGTERM, and even if it ends well no other command begins."""
+def test_a_stopped_series_stops_its_stages(series, number):
+    """The stage gets SIGTERM, and even if it ends well nothing else begins."""
     process = series(1, "base")
     os.kill(process.pid, number)
     process.join(20)
-    assert process.exitcode == 1 and Path("err").read_text() == "stopped: the same command goes on\n"
+    assert process.exitcode == 1
+    assert Path("err").read_text() == "stopped: the same command continues\n"
     assert Path("saved").exists() and Path("out").read_text() == "python stage.py base\n"
 
 
-def test_an_error_stops_the_other_commands(series):
+def test_an_error_stops_the_other_stages(series):
     process = series(4, "base", "tube90-next")
-    process.join(50)
+    process.join(20)
     assert process.exitcode == 1
-    assert "stage.py tube90-next did not finish, see runs/lab/tube90-next.log" in Path("err").read_text()
+    assert "stage.py tube90-next did not finish, see runs/lab/tube90" in Path("err").read_text()
     assert Path("saved").exists() and not Path("began-base-next").exists()
 
 
 def test_a_killed_series_is_not_doubled(series):
-    """Its stage works on; another series waits for nobody and says so. Reports do not mind."""
+    """Its stage works on and holds the lock. Reports do not mind."""
     process = series(1, "base")
     process.kill()
     process.join(20)
-    with pytest.raises(SystemExit, match="runs/lab is at work already"):
-        experiments.main(["table1b"])
-    experiments.main(["--report"])
+    with pytest.raises(ValueError, match="another series is at work in runs/lab"):
+        run.main(["table1b"])
+    run.main(["--report"])
     os.kill(int(Path("began-base").read_text()), signal.SIGKILL)
 
 
-def test_series_makes_what_is_missing_and_stops_at_an_error(lab, monkeypatch):
-    done, made = [], []
-    part = data.Split([Path(f"{experiments.TOY}/{name}.avi") for name in "ba"], [0, 0], ["c"])
-    monkeypatch.setattr(experiments, "make_toy", lambda out, still=False: made.append((out, still)))
-    monkeypatch.setattr(experiments, "read_split", lambda folder: part)
-    monkeypatch.setattr(finetune, "draw_shots", lambda split, shots, seed: made.append((shots, seed)) or split)
-
-    def fake(name, argv, product, by, threads):
-        done.append(name)
-        if name == "random75-s1":
-            raise ValueError("stop")
-
-    monkeypatch.setattr(experiments, "run", fake)
-    with pytest.raises(ValueError, match="stop"):
-        experiments.main(["table1b", "figure3", "--seeds", "3", "--jobs", "1"])
-    assert len(done) == len(set(done))  # what both need is made once
-    assert [name for name in done if name.startswith("base")] == [
-        "base-s0",
-        "base-s0-tuned",
-        "base-s1",
-        "base-s1-tuned",
-    ]
-    assert "random75-s1-tuned" not in done and "base-s2" not in done
-    assert made == [(experiments.TOY, False), (experiments.STILL, True), (25, 0), (50, 0), *made[:2], (25, 1), (50, 1)]
-    assert (lab / "few-s1.txt").read_text() == "a.avi\nb.avi\n"
+def test_what_a_series_prepares(lab, monkeypatch):
+    made = []
+    part = Split([Path(TOY) / name for name in ("b.avi", "a.avi")], [0, 0], ["c"])
+    monkeypatch.setattr(run, "make_toy", lambda out, still=False: made.append((out, still)))
+    monkeypatch.setattr(run, "read_split", lambda folder: part)
+    monkeypatch.setattr(finetune, "draw_shots", lambda *args: made.append(args[1:]) or part)
+    run.prepare(7)
+    assert made == [(TOY, False), (STILL, True), (25, 7), (50, 7)]
+    assert (lab / "few-s7.txt").read_text() == "a.avi\nb.avi\n"
 
 
-def said(name, claim):
-    """What a claim's cells give, one seed."""
-    return {text: ours for text, _, ours in claims_of(measure(name, range(1)))}[claim]
+@pytest.mark.parametrize("argv", ["", "table9", "all --report", "all --seeds 0", "all --first -1"])
+def test_mistakes(lab, argv):
+    with pytest.raises(ValueError, match="name all or some of table1a|must be at least 1"):
+        run.main(argv.split())
+
+
+# ------------------------------------------------------------------------------------------ pages
+
+
+def test_verdict():
+    """A 95 % interval by Student's t: 12.71 for 2 seeds, 4.30 for 3."""
+    assert verdict([10, 11, 12]) == "agrees" and verdict([-10, -11, -12]) == "**disagrees**"
+    edge = 4.30 / 3**0.5  # the half width for three values one apart, whose deviation is 1
+    assert verdict([edge - 0.99, edge + 0.01, edge + 1.01]) == "agrees"
+    assert verdict([edge - 1.01, edge - 0.01, edge + 0.99]) == "open"
+    half = 12.71 * 2**0.5 / 2**0.5  # for 0 and 2 the deviation is sqrt(2)
+    assert (
+        verdict([half - 0.99, half + 1.01]) == "agrees"
+        and verdict([half - 1.01, half + 0.99]) == "open"
+    )
+    assert verdict([2.0]) == "open" and verdict([1, -1]) == "open" and verdict([0, 0]) == "open"
+    assert verdict([1] * 20) == "agrees"
+
+
+def test_scores(lab):
+    finish("base", 0, top1=50.0)
+    rows = "a,Pulse,Pulse,1,Pulse,1\nb,Turn2,Pulse,0,Pulse,1\n"
+    product = jobs_of("base", 0)[-1].product
+    product.with_name("predictions.csv").write_text(HEAD + rows)
+    scores = [read_score(product, key) for key in ("", "Pulse", "Turn2")]
+    assert scores == [50, 100, 0]
+    finish("still:leak-tube", 0, psnr={"model still": 20.5})
+    assert read_score(jobs_of("still:leak-tube", 0)[-1].product, "model still") == 20.5
 
 
 def test_measure(lab):
     for seed in (0, 1):
-        for cell, top1 in (("l1", 40 + seed), ("base", 43 - seed)):
-            finish(cell, seed, top1=top1)
+        finish("l1", seed, top1=40 + seed)
+        finish("base", seed, top1=43 - seed)
     finish("l1", 2, top1=99)  # seed 2 is not complete
     found = measure("table1f", range(3))
-    assert found["seeds"] == [0, 1] and found["minutes"] == [4, 4] and found["machines"] == ["one", "one"]
+    assert found["seeds"] == [0, 1] and found["minutes"] == [4, 4]
+    assert found["machines"] == ["one", "one"] and found["commits"] == ["c0ffee", "c0ffee"]
     assert found["rows"] == [
         dict(label="L1", paper=69.1, cell="l1", ours=[40, 41], minutes=[2, 2]),
         dict(label="MSE", paper=69.6, cell="base", ours=[43, 42], minutes=[2, 2]),
     ]
     assert claims_of(found) == [("MSE: better than L1", pytest.approx(0.5), [3, 1])]
     assert measure("table1f", range(1, 2))["seeds"] == [1]
-    record = json.loads((lab / "base-s1-tuned.job").read_text())
-    record["by"][0][1]["weight_decay"] = 0.5  # the recipe of the pre-training that it started from
-    (lab / "base-s1-tuned.job").write_text(json.dumps(record))
+    record = jobs_of("base", 1)[1].record
+    about = json.loads(record.read_text())
+    about["chain"][0][1]["weight_decay"] = 0.5  # the recipe of its pre-training was another
+    record.write_text(json.dumps(about))
     assert measure("table1f", range(3))["seeds"] == [0]
-    with pytest.raises(ValueError, match=r"base-s1-tuned.job is of other .*: remove runs/lab/base-s1-tuned\*"):
-        run(*jobs_of("base", 1)[1], 1)
-    (lab / "base-s0.job").unlink()
-    assert measure("table1f", range(3))["seeds"] == []
-    finish("base", 0, top1=43)
-    halves = (("half-long:all50", 1), ("none:all50", 1))
-    for cell, top1 in (("base:all100", 90), ("few-long:all25", 70), ("none:all100", 60), ("none:all25", 10), *halves):
+    with pytest.raises(ValueError, match=r"base-s1-tuned.job is of other .*: remove"):
+        Series(1).run(jobs_of("base", 1)[1])
+
+
+def test_claims_of_sums(lab):
+    cells = {"base:all100": 90, "few-long:all25": 70, "none:all100": 60, "none:all25": 10}
+    for cell, top1 in (cells | {"half-long:all50": 1, "none:all50": 1}).items():
         finish(cell, 0, top1=top1)
-    assert said("table2", "it helps more with fewer") == [(70 - 10) - (90 - 60)]
-    for number, (mask, pre) in enumerate((("tube", "still"), ("random", "still-random"), ("frame", "still-frame"))):
-        keys = ("model still", "model moving", "nearest still", "nearest moving")
-        finish(f"{pre}:leak-{mask}", 0, psnr={"75%": {key: 10**number * 2**i for i, key in enumerate(keys)}})
-    assert said("leak", "random masks leak still places, model") == [10 - 1]
-    assert said("leak", "frame masks leak moving places, nearest") == [800 - 8]
+    ours = {text: gaps for text, _, gaps in claims_of(measure("table2", range(1)))}
+    assert ours["it helps more with fewer"] == [(70 - 10) - (90 - 60)]
 
 
-def test_report(lab, capsys):
+def test_report(lab, monkeypatch):
     for seed in (0, 1):
-        for cell, top1 in (("l1", 40 + seed), ("base", 43 - seed)):
-            finish(cell, seed, top1=top1)
-    readme, results = Path("README.md"), Path("results")
-    readme.write_text(f"before\n{visualize.MARK}old\n{visualize.MARK}after\n")
-    for _ in range(2):  # again, it replaces what it wrote
-        experiments.main(["--report"])
-        text = readme.read_text()
+        finish("l1", seed, top1=40 + seed)
+        finish("base", seed, top1=43 - seed)
+    OVERVIEW.parent.mkdir()
+    OVERVIEW.write_text(f"before\n{report.MARK}old\n{report.MARK}after\n")
+    line = "| MSE: better than L1 | +0.5 | +2.0 ± 1.4 (+3.0, +1.0) | open |"
+    for _ in range(2):  # the second time it replaces what it wrote
+        run.main(["--report"])
+        text = OVERVIEW.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        line = "| MSE: better than L1 | +0.5 | +2.0 ± 1.4 (+3.0, +1.0) | leans to agree (5 seeds) |"
-        assert text.count(line) == 1
-    assert sorted(path.name for path in results.iterdir()) == ["table1f.json", "table1f.md", "table1f.png"]
-    page = (results / "table1f.md").read_text()
+        assert text.count(line) == 1 and "(../experiments/results/table1f.md)" in text
+    names = sorted(path.name for path in RESULTS.iterdir())
+    assert names == ["table1f.json", "table1f.md", "table1f.png"]
+    page = (RESULTS / "table1f.md").read_text()
     assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) | 2.0 |" in page and line in page
-    assert (
-        "8 minutes of one core, with the runs that other experiments share: seeds 0, 1 on one." in page
-        and "experiments.py table1f`" in page
-    )
-    assert "    python pretrain.py --loss l1 --resume --seed 0 --name lab/l1-s0\n" in page
-    stored, before = json.loads((results / "table1f.json").read_text()), readme.read_text()
-    assert stored == json.loads(json.dumps(measure("table1f", range(3))))
+    assert "\nMade at commit c0ffee.\n" in page and "experiments.run table1f`" in page
+    assert "8 minutes of one core" in page and "seeds 0, 1 on one." in page
+    assert "    python pretrain.py toy --loss l1 --resume --seed 0 --name lab/l1-s0\n" in page
+    stored, before = (RESULTS / "table1f.json").read_text(), OVERVIEW.read_text()
     shutil.rmtree(lab)  # as in a fresh clone: what is known stays
-    experiments.main(["--report"])
-    assert readme.read_text() == before and json.loads((results / "table1f.json").read_text()) == stored
-    assert (results / "table1f.md").read_text() == page
-    for odd in (f"one {visualize.MARK}mark", "none"):  # is left alone
-        readme.write_text(odd)
-        experiments.main(["--report"])
-        assert readme.read_text() == odd
+    run.main(["--report"])
+    assert OVERVIEW.read_text() == before and (RESULTS / "table1f.json").read_text() == stored
+    assert (RESULTS / "table1f.md").read_text() == page
+    OVERVIEW.write_text(f"one {report.MARK} mark")
+    run.main(["--report"])
+    assert OVERVIEW.read_text() == f"one {report.MARK} mark"
 
 
 def test_seeds_from_elsewhere_add_up(lab, capsys):
@@ -302,106 +361,78 @@ def test_seeds_from_elsewhere_add_up(lab, capsys):
     for seed, top1 in ((0, 10), (2, 30)):
         finish("l1", seed, top1=top1)
         finish("base", seed, top1=2 * top1)
-    experiments.main(["--report"])
+    run.main(["--report"])
     shutil.rmtree(lab)
     lab.mkdir()
     for seed, top1 in ((1, 20), (2, 35)):
-        finish("l1", seed, machine="two", top1=top1)
-        finish("base", seed, machine="two", top1=2 * top1)
-    (lab / "l1-s1.job").write_text((lab / "l1-s1.job").read_text().replace("two", "three"))
-    experiments.main(["--report"])
-    page = Path("results/table1f.json")
+        finish("l1", seed, machine="two", commit="later", top1=top1)
+        finish("base", seed, machine="three", commit="later", top1=2 * top1)
+    run.main(["--report"])
+    page = RESULTS / "table1f.json"
     found = json.loads(page.read_text())
-    assert found["seeds"] == [0, 1, 2] and found["machines"] == ["one", "three and two", "two"]
+    assert found["seeds"] == [0, 1, 2]
+    assert found["machines"] == ["one", "three and two", "three and two"]
     assert [row["ours"] for row in found["rows"]] == [[10, 20, 35], [20, 40, 70]]
     text = page.with_suffix(".md").read_text()
-    assert "12 minutes of one core" in text and "seed 0 on one; seed 1 on three and two; seed 2 on two." in text
-    one_more = [*found["rows"], found["rows"][0] | {"cell": "more"}]
-    for old in ({"commands": ["x"]}, {"recipes": {}}, {"rows": one_more}):  # that has more seeds: kept
-        page.write_text(json.dumps(found | old))
+    assert "Made at commit c0ffee and later." in text and "12 minutes of one core" in text
+    for old in ({"commands": ["x"]}, {"recipes": {}}, {"rows": found["rows"][:1]}):
+        page.write_text(json.dumps(found | old))  # has more seeds: kept
         capsys.readouterr()
-        experiments.main(["--report"])
-        assert "table1f.md is of other commands or recipes and of 3 seeds: kept" in capsys.readouterr().out
+        run.main(["--report"])
+        assert "is of other commands or recipes and of more seeds: kept" in capsys.readouterr().out
         assert json.loads(page.read_text())["seeds"] == [0, 1, 2]
-    page.write_text(json.dumps(found | {"rows": found["rows"][::-1]}))  # rows are told by their cells
-    experiments.main(["--report"])
-    assert [row["ours"] for row in json.loads(page.read_text())["rows"]] == [[10, 20, 35], [20, 40, 70]]
-    page.write_text(json.dumps(visualize.with_seeds(found, found) | {"recipes": {}, "seeds": [5, 6]}))  # no more: not
-    experiments.main(["--report"])
+    page.write_text(json.dumps(found | {"recipes": {}, "seeds": [5, 6]}))  # no more seeds: replaced
+    run.main(["--report"])
     assert json.loads(page.read_text())["seeds"] == [1, 2]
-
-
-def test_machine_names_the_type_too(monkeypatch):
-    """Two processors of one name need not compute in the same type, nor give the same numbers."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for known, dtype in ({"avx512_bf16": True}, "bfloat16"), ({}, "float32"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        assert visualize.machine(2) == f"{visualize.processor()}, {dtype}, 2 threads"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    assert visualize.machine(1) == "H100, bfloat16, 1 thread"
-
-
-def test_minutes_are_shown_where_they_are_known(lab):
-    rows = [dict(label=label, paper=None, cell=label, ours=[1, 2], minutes=[None, 3.0]) for label in ("a, x", "b, x")]
-    found = dict(title="t", note="n", commands=[], recipes={}, seeds=[0, 1], minutes=[1, 3], machines=["m", "m"])
-    found |= dict(rows=rows, axis=visualize.MINUTES)
-    text = lambda: Path("page.md").read_text()
-    visualize.results_page(found, Path("page"))
-    assert "| minutes of one core (seed 1) |" in text() and "| a, x |  | 1.5 ± 0.7 (1.0, 2.0) | 3.0 |" in text()
-    del found["axis"]
-    rows[0]["cell"] = "a@key"  # two rows of one run
-    visualize.results_page(found, Path("page"))
-    assert "minutes of one core |" not in text() and "minutes of one core (" not in text()
-    rows[0] |= dict(cell="a", minutes=[None, None])
-    visualize.results_page(found, Path("page"))
-    assert "minutes of one core |" not in text() and "minutes of one core (" not in text()
-
-
-def test_values(lab):
-    finish("still:leak-tube", 0, psnr={"75%": {"model still": 20.5}})
-    value = lambda cell, seed: read_score(jobs_of(cell, seed)[-1][2], cell.partition("@")[2])
-    assert value("still:leak-tube@model still", 0) == 20.5
-    finish("base", 0, top1=50.0)
-    table = (
-        "path,label,prediction,correct,top5,probabilities\na,Pulse,Pulse,True,Pulse,1\nb,Turn2,Pulse,False,Pulse,1\n"
-    )
-    (lab / "base-s0-tuned" / "predictions.csv").write_text(table)
-    assert value("base", 0) == 50 and value("base@Pulse", 0) == 100 and value("base@Turn2", 0) == 0
 
 
 def test_every_experiment_can_be_drawn(lab):
     for number, cell in enumerate(CELLS):
-        psnr = {f"{who} {part}": 10 + number for who in ("model", "nearest") for part in ("still", "moving")}
-        finish(cell, 0, top1=number, psnr={"75%": psnr})
-        if "@" in cell and "leak" not in cell:
-            rows = "".join(f"{name},{name},{name},True,{name},1\n" for name in experiments.MOTIONS)
-            head = "path,label,prediction,correct,top5,probabilities\n"
-            (jobs_of(cell, 0)[-1][2].parent / "predictions.csv").write_text(head + rows)
-    experiments.main(["--report", "--seeds", "1"])  # without a README
-    assert {path.stem for path in Path("results").glob("*.png")} == set(EXPERIMENTS)
+        keys = [f"{key} {part}" for key in ("model", "nearest") for part in ("still", "moving")]
+        finish(cell, 0, top1=number, psnr={key: 10.0 + number for key in keys})
+        rows = "".join(f"{name},{name},{name},1,{name},1\n" for name in MOTIONS)
+        (jobs_of(cell, 0)[-1].product.parent / "predictions.csv").write_text(HEAD + rows)
+    run.main(["--report", "--seeds", "1"])  # without docs/results.md
+    assert {path.stem for path in RESULTS.glob("*.png")} == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["table9"], ["all", "--report"], *(["all", f"--{name}", "-1"] for name in ("seeds", "first", "jobs"))]
-)
-def test_mistakes(lab, argv):
-    with pytest.raises(ValueError, match="name all or some of table1a"):
-        experiments.main(argv)
+def test_minutes_are_shown_where_they_are_known():
+    rows = [
+        dict(label=label, paper=None, cell=label, ours=[1, 2], minutes=[None, 3.0])
+        for label in ("a, x", "b, x")
+    ]
+    found = dict(seeds=[0, 1], rows=rows)
+    table = "\n".join(report.row_lines(found))
+    assert "| minutes of one core (seed 1) |" in table
+    assert "| a, x |  | 1.5 ± 0.7 (1.0, 2.0) | 3.0 |" in table
+    rows[0]["cell"] = "a@key"  # two rows of one run
+    assert "minutes" not in "\n".join(report.row_lines(found))
+    rows[0] |= dict(cell="a", minutes=[None, None])
+    assert "minutes" not in "\n".join(report.row_lines(found))
 
 
-def test_verdict():
-    """A 95 % interval, and as many seeds as would make it: Student's t of 2 degrees of freedom is 4.30, of 3 3.18."""
-    verdict = visualize.verdict
-    assert verdict([10, 11, 12]) == "agrees" and verdict([-10, -11, -12]) == "**disagrees**"
-    edge = 4.30 / 3**0.5  # times the deviation
-    assert verdict([edge - 0.99, edge + 0.01, edge + 1.01]) == "agrees"
-    assert verdict([edge - 1.01, edge - 0.01, edge + 0.99]) == "leans to agree (4 seeds)"
-    assert 2.26 * 2.466 / 10**0.5 < 1.833 < 2.31 * 2.466 / 9**0.5  # t, deviation and mean of the next
-    assert verdict([-3, 1, -3.5]) == "leans to **disagree** (10 seeds)"
-    assert verdict([1, -1.001]) == "leans to **disagree** (1,000 or more seeds)"
-    assert verdict([10, 11, 12], False) == "holds" and verdict([2.0], False) == "leans to hold"
-    assert verdict([-10, -11, -12], False) == "does **not** hold" and verdict([-2.0], False) == "leans **not** to hold"
-    assert verdict([1, -1]) == "open" and verdict([0.0]) == "open" and verdict([2.0]) == "leans to agree"
-    assert verdict([1, 1, 1, 1]) == "agrees"
+def test_committed_pages_say_which_code_made_them():
+    folder = Path(__file__).parents[1] / RESULTS
+    pages = [path for path in folder.glob("*.md")]
+    assert {path.stem for path in pages} == set(EXPERIMENTS)
+    for path in pages:
+        found = json.loads(path.with_suffix(".json").read_text())
+        assert "\nMade at commit " in path.read_text() and len(found["commits"]) == 3
+        assert path.read_text() == report.page_text(found, path.stem)
+
+
+# ------------------------------------------------------------------------------------------- leak
+
+
+def test_still_and_moving_places():
+    video = torch.zeros(1, 8, 3, 24, 24)
+    video[:, ::2, :, :8, :8] = 1  # one place of nine flickers much, one a little
+    video[:, ::2, 1, 8:16, 16:] = 0.5
+    parts = leak.still_and_moving(video, (2, 8, 8))
+    assert list(parts) == ["still", "moving"] and not (parts["still"] & parts["moving"]).any()
+    for part in parts.values():  # three whole places, the same in every frame and colour
+        assert part.shape == video.shape and part.float().mean() == pytest.approx(1 / 3)
+        assert (part == part[:, :1, :1]).all()
+        share = part[0, 0, 0].reshape(3, 8, 3, 8).float().mean(dim=(1, 3))
+        assert set(share.flatten().tolist()) == {0, 1}
+    assert parts["moving"][..., :8, :8].all() and parts["moving"][..., 8:16, 16:].all()

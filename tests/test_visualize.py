@@ -1,210 +1,357 @@
-"""Tables of predictions, accuracy per class, comparison of two models, curves."""
+"""Figures: what is pasted, which statistics are used, how it is scored; curves; classes."""
 
+import argparse
 import csv
 import json
+import os
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 import visualize
-from visualize import class_accuracy, plot_classes, plot_log, read_predictions
+from experiments import method
+from lib import engine
+from lib.variants import MODELS
+from lib.weights import build
+from masking import MASKS, tube_mask
+from model import patchify, split_tokens
+from visualize import Config, class_accuracy, psnr, read_predictions, reconstruct, unpatchify
 
-ODD = ['a,b "c".avi', "new\r\nline.avi", "$x$_{.avi", "é;f.avi"]
-
-
-def write(path, rows):
-    """A predictions.csv of (path, label, prediction)."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(visualize.PREDICTIONS)
-        for name, label, prediction in rows:
-            five = ";".join([prediction, "w", "x", "y", "z"])
-            table.writerow([name, label, prediction, int(label == prediction), five, "0.6;0.1;0.1;0.1;0.1"])
-    return path
+GRID, CUBE = (2, 4, 4), (2, 8, 8)
 
 
-def classes(path, hits: dict[str, int], videos: int = 4):
-    """Of each class, `videos` videos, the first hits[class] of them right."""
-    rows = [(f"{c}/{i}.avi", c, c if i < n else "wrong") for c, n in hits.items() for i in range(videos)]
-    return write(path, rows)
+def tiny(name="videomae", **config):
+    """A model of clips of 4 frames of 32 x 32 pixels; a clip for it; a tube mask."""
+    torch.manual_seed(0)
+    model = MODELS[name]("toy", (4, 32, 32), CUBE, decoder_depth=1, **config).eval()
+    frames = 4 * model.frames_per_clip
+    clip = torch.randint(0, 256, (1, frames, 3, 32, 32), dtype=torch.uint8)
+    return model, clip, tube_mask(clip, GRID, 0.75, torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every figure that is saved, to look at."""
+    """Every figure that is saved, to look at. Nothing is drawn to a file larger than needed."""
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+
+    def keep(self, out, **how):
+        figures.append(self)
+        save(self, out, **(how | {"dpi": 20}))
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     return figures
 
 
-def words(axis):
-    return [text.get_text() for text in axis.get_yticklabels()], [text.get_text() for text in axis.texts]
+# -------------------------------------------------------------------------------- reconstructions
 
 
-def test_predictions_with_odd_names(tmp_path):
-    rows = read_predictions(write(tmp_path / "p.csv", [(name, "A, $b$", "A, $b$") for name in ODD]))
-    assert [row["path"] for row in rows] == ODD
-    assert rows[0]["label"] == "A, $b$" and rows[0]["correct"] is True
-    assert rows[0]["top5"] == ["A, $b$", "w", "x", "y", "z"] and rows[0]["probabilities"] == [0.6, 0.1, 0.1, 0.1, 0.1]
+def test_unpatchify_is_the_inverse_of_patchify():
+    video = torch.rand(2, 4, 3, 32, 32)
+    assert torch.equal(unpatchify(patchify(video, CUBE), GRID, CUBE), video)
 
 
-def test_predictions_that_are_none(tmp_path):
-    path, head = tmp_path / "p.csv", ",".join(visualize.PREDICTIONS)
-    with pytest.raises(ValueError, match="no file .*p.csv"):
+@pytest.mark.parametrize("name", ["videomae", "center", "double"])
+def test_the_true_target_gives_back_the_original(name):
+    """Predictions that are right make the original: pixels as they are, normalised ones with oracle
+    statistics. So each prediction is pasted where it belongs."""
+    for normalize, key in ((False, "model"), (True, "oracle model")):
+        model, clip, mask = tiny(name, normalize=normalize)
+        model.forward = lambda v, m, model=model: (None, model.target(v, split_tokens(m)[1]))
+        original, hidden, made = reconstruct(model, clip, mask)
+        torch.testing.assert_close(made[key], original, atol=1e-4, rtol=0)
+        assert psnr(made["nearest"], original, hidden) < 15 < psnr(made[key], original, hidden)
+    frames = {"videomae": clip, "center": clip[:, 2:3], "double": clip[:, ::2]}[name]
+    assert torch.equal(original, frames / 255)
+
+
+@pytest.mark.parametrize("name", ["videomae", "center", "double"])
+def test_nothing_hidden_is_used(name):
+    """Without the oracle, other pixels in hidden places change nothing but the original."""
+    model, clip, mask = tiny(name)
+    cube = (CUBE[0] * model.frames_per_clip, *CUBE[1:])
+    cubes = patchify(clip, cube)
+    other = unpatchify(torch.where(mask[:, :, None], 255 - cubes // 2, cubes), GRID, cube)
+    if name == "double":
+        other[:, 1::2] = 7  # the encoder sees every second frame, so that the others are hidden
+    (original, hidden, a), (filled, _, b) = (reconstruct(model, v, mask) for v in (clip, other))
+    assert list(a) == ["nearest", "mean", "model", "nothing", "oracle model", "oracle nothing"]
+    for key in a:
+        assert torch.equal(a[key][~hidden], original[~hidden])  # visible cubes are pasted in
+        if key.startswith("oracle"):
+            assert not torch.allclose(a[key][hidden], b[key][hidden], atol=0.01)
+        else:
+            assert torch.equal(a[key][hidden], b[key][hidden])
+    assert not torch.allclose(original[hidden], filled[hidden], atol=0.01)
+    assert 0.74 < hidden.float().mean() < 0.76
+
+
+def row_of_cubes(*values):
+    """A model of one row of flat cubes, the clip of these grey values; hidden where negative."""
+    model = MODELS["videomae"]("toy", (2, 8, 8 * len(values)), CUBE, decoder_depth=1).eval()
+    grey = torch.tensor([abs(value) for value in values], dtype=torch.uint8)
+    clip = grey.repeat_interleave(8).expand(1, 2, 3, 8, -1)
+    return reconstruct(model, clip, torch.tensor([[value < 0 for value in values]]))[2]
+
+
+def test_baselines_and_visible_statistics_by_hand():
+    made = row_of_cubes(100, -1, -1, 200)
+
+    def at(key):
+        return [made[key][0, 0, 0, 0, x].item() * 255 for x in (0, 8, 16, 24)]
+
+    assert at("nearest") == pytest.approx([100, 100, 200, 200])
+    assert at("mean") == pytest.approx([100, 150, 150, 200])
+    # One cube away and two: weights 1 and 1/16.
+    near, far = (16 * 100 + 200) / 17, (100 + 16 * 200) / 17
+    assert at("nothing") == pytest.approx([100, near, far, 200], abs=0.01)
+    assert at("oracle nothing") == pytest.approx([100, 1, 1, 200], abs=0.01)
+
+
+def test_psnr_by_hand():
+    original, hidden = torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 1, 3, 4, 4, dtype=torch.bool)
+    hidden[..., :2] = True
+    video = original + 0.1
+    video[..., 2:] = 1  # visible: does not count
+    assert psnr(video, original, hidden) == pytest.approx(20, abs=1e-4)
+    video[..., 0] = 0.7  # mean square of 0.7 and 0.1: 0.25
+    assert psnr(video, original, hidden) == pytest.approx(6.0206, abs=1e-3)
+
+
+ORACLE = ["oracle statistics:\n" + name for name in ("model", "nothing", "untrained")]
+
+
+@pytest.mark.parametrize("stats, columns", [("visible", ["model"]), ("oracle", ["model", *ORACLE])])
+def test_figure(tmp_path, drawn, capsys, stats, columns):
+    """Columns stand apart, and what is printed and written is the mean over all clips."""
+    model, clip, _ = tiny()
+    model = build(type(model), model.config | {"eps": [1e-6, 1e-5]}).eval()  # as of Hugging Face
+    clips = [clip, clip.flip(3), clip]
+    gif = str(tmp_path / "a.gif") if stats == "visible" else None
+    cfg = Config(stats=stats, ratios=(0.5, 0.75), gif=gif)
+    visualize.draw_reconstructions(model, clips, 1, cfg, tmp_path / "a.png")
+    titles = [axis.title for axis in drawn[0].axes]
+    boxes = [title.get_window_extent() for title in titles]
+    assert all(a.x1 + 2 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+    said = [title.get_text().removesuffix(" dB").rpartition("\n") for title in titles]
+    expected = ["original", "50% masked", *columns, "75% masked", *columns]
+    assert [name or last for name, _, last in said] == expected
+    masked = drawn[0].axes[2 + len(columns)].images[0].get_array()  # at 75 %, with white margins
+    assert (masked == 0.5).all(axis=2).mean() == pytest.approx(0.75 * (32 / 34) ** 2, abs=0.01)
+
+    written = json.loads((tmp_path / "a-psnr.json").read_text())
+    found = written["psnr"]["75%"]
+    assert written["clips"] == 3 and list(written["psnr"]) == ["50%", "75%"]
+    honest = {"model", "nothing", "nearest", "mean"}
+    oracle = {"untrained", "oracle model", "oracle nothing", "oracle untrained"}
+    assert found.keys() == (honest if stats == "visible" else honest | oracle)
+    means = dict.fromkeys(honest, 0)
+    for number, one in enumerate(clips):
+        seed = engine.derive_seed("figure", 0, number)
+        mask = tube_mask(one, GRID, 0.75, torch.Generator().manual_seed(seed))
+        original, hidden, made = reconstruct(model, one, mask)
+        means = {key: means[key] + psnr(made[key], original, hidden) / 3 for key in means}
+    assert means == pytest.approx({key: found[key] for key in means})
+    assert f"nearest {means['nearest']:.2f} dB" in capsys.readouterr().out
+    if stats == "visible":
+        assert Image.open(gif).n_frames == 4
+    else:  # an untrained model is another one
+        assert abs(found["untrained"] - found["model"]) > 1e-4
+        assert found["oracle untrained"] > found["untrained"]
+
+
+def test_predictions_that_are_no_pixels(tmp_path, drawn, capsys):
+    """Of a target of one's own: the end of its training is no error."""
+    model, clip, _ = tiny()
+    model.forward = lambda video, mask: (None, torch.zeros(1, 24, 9))
+    visualize.draw_reconstructions(model, [clip], 1, Config(ratios=(0.75,)), tmp_path / "a.png")
+    assert capsys.readouterr().out.splitlines() == [
+        "no figure: the predictions of this model are no pixels"
+    ]
+    assert not drawn
+
+
+def test_method_in_one_picture():
+    clip = torch.randint(0, 256, (1, 16, 3, 224, 224), dtype=torch.uint8)
+    columns = {title.splitlines()[0]: frames for title, frames in method.pictures(clip)}
+    assert list(columns)[:4] == ["a clip", *(f"{name} mask" for name in MASKS)]
+    assert len(columns) == 7 and torch.equal(columns["a clip"], clip[0] / 255)
+    share = (columns["tube mask"] == 0.5).all(dim=1).float().mean()
+    assert share == pytest.approx(0.75, abs=0.001)
+    kept = [columns[name].flatten() for name in ("the encoder gets", "tube mask")]
+    kept = [values[(values != 1) & (values != 0.5)].sort().values for values in kept]
+    assert torch.equal(*kept)  # the same cubes, moved
+    hidden = columns["the target"][columns["tube mask"] == 0.5]
+    assert hidden.mean() == pytest.approx(0.5, abs=0.01)  # normalised; visible ones have no target
+
+
+def test_which_clips(tmp_path, monkeypatch, capsys):
+    """Without --videos: test videos of the checkpoint's own data. Unreadable ones are named."""
+    model, clip, _ = tiny("double")
+    asked = []
+
+    def load(path, frames, size, stride):
+        asked.append((frames, size, stride))
+        if path.name == "bad.avi":
+            raise ValueError("bad.avi is no video")
+        return clip
+
+    paths = [tmp_path / name for name in ("bad.avi", "a.avi", "b.avi", "c.avi")]
+    split = SimpleNamespace(paths=paths)
+    monkeypatch.setattr(visualize, "load_clip", load)
+    monkeypatch.setattr(visualize, "read_split", lambda *args, train: None if train else split)
+    checkpoint = {"config": {"flags": dict(data="folder", splits=None, fold=1)}}
+    monkeypatch.setattr(engine, "load_checkpoint", lambda *args: checkpoint)
+    about = dict(name="double", stride=4)
+    assert len(visualize.read_clips(Config(), model, about)) == 3
+    assert set(asked) == {(8, 32, 2)} and "bad.avi is no video" in capsys.readouterr().out
+    assert len(visualize.read_clips(Config(scored=2), model, about)) == 2
+    with pytest.raises(ValueError, match="no video"):  # those asked for must be readable
+        visualize.read_clips(Config(videos=tuple(paths)), model, about)
+    with pytest.raises(ValueError, match="double needs an even --stride"):
+        visualize.read_clips(Config(stride=3), model, about)
+    del paths[1:]
+    with pytest.raises(ValueError, match="no test video can be read: name some with --videos"):
+        visualize.read_clips(Config(), model, about)
+
+
+def test_weights_of_other_projects_need_videos(tmp_path):
+    """They do not say what they were trained on."""
+    state = tiny()[0].state_dict()
+    state = {key: value for key, value in state.items() if "pos_embed" not in key}
+    kernel = state.pop("encoder.patch_embed.weight").unflatten(1, (*CUBE, 3)).movedim(4, 1)
+    state["encoder.patch_embed.proj.weight"] = kernel
+    state["encoder.patch_embed.proj.bias"] = state.pop("encoder.patch_embed.bias")
+    args = argparse.Namespace(num_frames=4, input_size=32)
+    torch.save({"model": state, "args": args}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match="^.*official.pth knows no videos: .* with --videos$"):
+        visualize.main(["--checkpoint", str(tmp_path / "official.pth")])
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def test_curves_of_both_stages(tmp_path, drawn):
+    lines = [{"config": {}}, {"predict_nothing": 1.0}]
+    lines += [{"step": i, "loss": 1 / i, "lr": i} for i in range(1, 9)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    visualize.plot_log(tmp_path)
+    loss, rate = drawn[0].axes
+    assert loss.lines[0].get_xydata().tolist() == [[i, 1 / i] for i in range(1, 9)]
+    assert rate.lines[0].get_ydata().tolist() == list(range(1, 9)) and len(loss.lines) == 2
+    with open(log, "a") as file:
+        file.write('{"step": 4, "top1": 20.5}\n{"step": 8, "top1": 70.25}\n')
+    visualize.plot_log(tmp_path)
+    top1 = drawn[1].axes[2]
+    assert top1.lines[0].get_xydata().tolist() == [[4, 20.5], [8, 70.25]]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+# ----------------------------------------------------------------------------------------- classes
+
+
+def table(path, hits: dict[str, int], videos: int = 4):
+    """A predictions.csv: of each class some videos, the first hits[class] of them right."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(visualize.PREDICTIONS)
+        for name, right in hits.items():
+            for i in range(videos):
+                guess = name if i < right else "wrong"
+                correct = int(guess == name)
+                writer.writerow([f"{name}/{i}.avi", name, guess, correct, f"{guess};b", "0.6;0.1"])
+    return path
+
+
+def names_of(figure):
+    return [text.get_text() for text in figure.axes[0].get_yticklabels()]
+
+
+def test_predictions(tmp_path):
+    rows = read_predictions(table(tmp_path / "p.csv", {'a, "b"\r\n': 1, "walk": 4}))
+    assert rows[0]["path"] == 'a, "b"\r\n/0.avi' and rows[0]["correct"] and not rows[1]["correct"]
+    assert rows[7]["top5"] == ["walk", "b"] and rows[7]["probabilities"] == [0.6, 0.1]
+    assert class_accuracy(rows) == {'a, "b"\r\n': (25, 4), "walk": (100, 4)}
+
+
+@pytest.mark.parametrize("text", ["", "path,label\na,b\n", "HEAD\n", "HEAD\na,b,c\n"])
+def test_other_files_than_predictions(tmp_path, text):
+    path = tmp_path / "p.csv"
+    with pytest.raises(ValueError, match="no file"):
         read_predictions(path)
-    for text, say in (
-        ("", "must hold the columns"),
-        ("path,label\na,b\n", "must hold the columns"),
-        (head + "\n", "at least one video"),
-        (head + "\na,b,c,0,b;c,0.5;many\n", "row 1, 'a'"),
-        (head + "\na,b,c,0,b;c,0.5\n", "row 1, 'a'"),
-        (head + "\na,b,c\n", "row 1, 'a'"),
-        (head + "\na,b,c,0,b;c,0.5;0.1\na,b,c,0,b;c,0.5;0.1\n", "'a' 2 times"),
-        (head + '\n"a,b,c\n', "not a CSV file"),
-        (head + "\n\xff\n", "row 1, "),
-    ):
-        path.write_bytes(text.encode("latin-1"))
-        with pytest.raises(ValueError, match=say):
-            read_predictions(path)
+    path.write_text(text.replace("HEAD", ",".join(visualize.PREDICTIONS)))
+    with pytest.raises(ValueError, match="must hold the columns path, label"):
+        read_predictions(path)
 
 
-def test_accuracy_of_classes(tmp_path):
-    rows = read_predictions(classes(tmp_path / "p.csv", {"run": 1, "walk": 4}))
-    assert class_accuracy(rows) == {"run": (25, 4), "walk": (100, 4)}
+@pytest.mark.parametrize("number", [1, 40])
+def test_chart_of_classes(tmp_path, drawn, number):
+    hits = {f"{i} Putting $x_{i}$ {{onto}} it": i % 5 for i in range(number)}
+    visualize.plot_classes(table(tmp_path / "p.csv", hits), tmp_path / "p.png")
+    axis = drawn[0].axes[0]
+    lengths = [bar.get_width() for bar in axis.patches]
+    assert lengths == sorted((25 * right for right in hits.values()), reverse=True)
+    assert sorted(names_of(drawn[0])) == sorted(hits) and axis.yaxis_inverted()
+    total = 25 * sum(hits.values()) / number
+    assert axis.get_title() == f"top-1 {total:.2f} % of {4 * number} videos"
 
 
-@pytest.mark.parametrize("number", [1, 12, 51, 101, 174])
-def test_class_chart_is_sorted_and_readable(tmp_path, drawn, number):
-    names = [f"{i} Putting $x_{i}$ {{onto}} something" for i in range(number)]
-    path = classes(tmp_path / "$p_{.csv", {name: i % 5 for i, name in enumerate(names)})
-    plot_classes(path, tmp_path / "p.png")
-    labels, notes = zip(*map(words, drawn[0].axes), strict=True)
-    assert sorted(sum(labels, [])) == sorted(names)
-    scores = [int(note.split(" %")[0]) for note in sum(notes, [])]
-    assert scores == sorted((25 * (i % 5) for i in range(number)), reverse=True)
-    assert all(axis.yaxis_inverted() for axis in drawn[0].axes)  # the best on top
-    for axis in drawn[0].axes:  # names do not overlap
-        tops = sorted(text.get_window_extent().y0 for text in axis.get_yticklabels())
-        assert len(tops) < 2 or min(np.diff(tops)) > axis.get_yticklabels()[0].get_window_extent().height * 0.9
-        assert not any(text.get_parse_math() for text in axis.get_yticklabels())
-    with Image.open(tmp_path / "p.png") as image:
-        assert 1 / 4 < image.width / image.height < 6 and max(image.size) < 2600
-    total = 25 * sum(i % 5 for i in range(number)) / number
-    assert f"top-1 {total:.2f} % of {4 * number} videos" in drawn[0].get_suptitle()
+def test_names_that_are_no_text(tmp_path, drawn, capsys):
+    """A folder may have any bytes in its name: they are drawn and printed as escapes."""
+    names = [os.fsdecode(name) for name in (b"M\xfcnchen", b"two\nlines", "w\u00e4hlen".encode())]
+    a = table(tmp_path / os.fsdecode(b"\xff.csv"), dict(zip(names, (4, 2, 1), strict=True)))
+    expected = ["M\\udcfcnchen", "two\\nlines", "w\u00e4hlen"]
+    visualize.plot_classes(a, tmp_path / "p.png")
+    visualize.compare((str(a), str(a)), tmp_path / "c.png")
+    assert names_of(drawn[0]) == names_of(drawn[1]) == expected
+    said = capsys.readouterr().out
+    assert all(name in said for name in expected) and "\\udcff.csv: top-1 58.33 %" in said
 
 
 def test_comparison(tmp_path, drawn, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hits = {f"${i}_{{": i % 4 for i in range(50)}
-    classes("a$_{$.csv", dict(hits, Run=4, Walk=1, Same=2))
-    classes("b.csv", dict({name: n + 1 for name, n in hits.items()}, Run=1, Walk=4, Same=2))
-    visualize.main(["--compare", "a$_{$.csv", "b.csv", "--out", "c.png"])
-    out = capsys.readouterr().out.splitlines()
-    assert out[2:4] == [
-        "1 of 53 classes are better in a$_{$.csv, by most:",
-        "   +75.0 points  Run  (100 %, not 25 %, of 4)",
+    table("a.csv", {"Run": 4, "Walk": 1, "Same": 2})
+    table("b.csv", {"Run": 1, "Walk": 3, "Same": 2})
+    visualize.main(["--compare", "a.csv", "b.csv", "--out", "c.png"])
+    assert capsys.readouterr().out.splitlines() == [
+        "a.csv: top-1 58.33 % of 12 videos",
+        "b.csv: top-1 50.00 % of 12 videos",
+        "   +75.0 points  Run  (100 % and 25 % of 4)",
+        "    +0.0 points  Same  (50 % and 50 % of 4)",
+        "   -50.0 points  Walk  (25 % and 75 % of 4)",
+        "wrote c.png",
     ]
-    assert out[4:6] == [
-        "51 of 53 classes are better in b.csv, by most:",
-        "   +75.0 points  Walk  (100 %, not 25 %, of 4)",
-    ]
-    assert len(out) == 26 and all("+25.0" in line for line in out[6:25]) and out[-1] == "wrote c.png"
-    assert out[1] == f"{100 * (sum(hits.values()) + 50 + 7) / 212:.2f} % of 212 videos: b.csv"
-    (one, _), (two, _) = map(words, drawn[0].axes)
-    assert one == ["Run"] and two[0] == "Walk" and len(two) == 20
-    assert [axis.get_title() for axis in drawn[0].axes] == ["better in a$_{$.csv", "better in b.csv"]
-    long = tmp_path / "folder" / ("x" * 80)
-    long.mkdir(parents=True)
-    visualize.compare("b.csv", classes(long / "p.csv", dict(hits, Run=1, Walk=4, Same=2)), "d.png")
-    lines = drawn[1].axes[1].get_title().splitlines()
-    assert "".join(lines).replace(" ", "").endswith("x/p.csv") and max(map(len, lines)) <= 36  # fits above a panel
-    visualize.main(["--compare", "b.csv", "b.csv"])  # nothing differs: an empty figure, no error
-    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert names_of(drawn[0]) == ["Run", "Same", "Walk"]
+    table("a.csv", {f"{i:02}": i % 4 for i in range(50)})
+    table("b.csv", {f"{i:02}": 2 for i in range(50)})
+    visualize.compare(("a.csv", "b.csv"), "d.png", most=3)  # those that differ most, each way
+    assert names_of(drawn[1]) == ["03", "07", "11", "40", "44", "48"]
 
 
 def test_comparison_of_what_cannot_be_compared(tmp_path):
-    a = write(tmp_path / "a.csv", [("1.avi", "run", "run"), ("2.avi", "walk", "run")])
-    for rows, say in (
-        ([("1.avi", "run", "run")], "1 are in one only, like '2.avi'"),
-        ([("1.avi", "run", "run"), ("2.avi", "run", "run")], "label 1 videos differently: '2.avi' is 'walk' and 'run'"),
-    ):
-        with pytest.raises(ValueError, match=say):
-            visualize.compare(a, write(tmp_path / "b.csv", rows), tmp_path / "c.png")
-    for flags, say in (
-        ([], "two files, not 1"),
-        ([a, a], "two files, not 3"),
-        ([a, "--out", "c.gif"], "must be a .png"),
-    ):
-        with pytest.raises(ValueError, match=say):
-            visualize.main(["--compare", str(a), *map(str, flags)])
-    assert not (tmp_path / "c.png").exists()
+    a = table(tmp_path / "a.csv", {"Run": 1, "Walk": 2})
+    b = table(tmp_path / "b.csv", {"Run": 1})
+    with pytest.raises(ValueError, match="differ in videos or labels: .'Walk/0.avi', 'Walk'."):
+        visualize.compare((str(a), str(b)), tmp_path / "c.png")
+    b.write_text(a.read_text().replace("Walk/0.avi,Walk", "Walk/0.avi,Run"))
+    with pytest.raises(ValueError, match="differ in videos or labels: .'Walk/0.avi'"):
+        visualize.compare((str(a), str(b)), tmp_path / "c.png")
 
 
-def test_the_log_says_what_takes_the_time(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(visualize.os, "cpu_count", lambda: 16)
-
-    def run(workers: int, waited: float, lines: int) -> list[str]:
-        monkeypatch.setattr(visualize.multiprocessing, "active_children", lambda: [None] * workers)
-        log = visualize.Log(tmp_path / "log.jsonl", 0, 100, on=True)
-        progress = dict(loss=0.0, taken=0, unreadable={}, skipped=[])
-        for line in range(1, lines + 1):
-            log.time, log.waited = visualize.time.time() - 1, waited  # a second a line
-            log.report(progress, line, 1.0, 0.1, 1)
-        early = capfd.readouterr().out.splitlines()
-        log.close(progress, 0, lines)
-        assert early == [] if lines < 20 else len(early) == 1
-        return [*early, capfd.readouterr().out.splitlines()[0]]
-
-    assert run(2, 0.43, 5) == [
-        "data: 43% of the time was spent waiting for videos; raise --workers (now 2, of 16 cores), "
-        "or rewrite the videos once with `python data.py prepare`"
-    ]
-    assert "reading counts as waiting with --workers 0: raise it if any of the 16 cores is free" in run(0, 0.43, 5)[0]
-    assert run(2, 0.01, 25) == ["compute-bound: 1% of the time was spent waiting for videos"] * 2
-
-
-def test_curves_of_both_stages(tmp_path, drawn):
-    lines = [{"predict_nothing": 1.0}, *({"step": i, "loss": 1 / i, "lr": i} for i in range(1, 9))]
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_log(log, tmp_path / "a.png")
-    assert len(drawn[0].axes) == 2 and drawn[0].axes[0].get_xlabel() == "step"  # loss and learning rate
-    assert len(drawn[0].axes[0].lines) == 2  # and the dotted one
-    with open(log, "a") as file:
-        file.write('{"step": 4, "top1": 20.5}\n{"step": 8, "top1": 70.25, "unreadable": 0}\n')
-    plot_log(log, tmp_path / "b.png")
-    loss, top1, rate = drawn[1].axes
-    assert top1.lines[0].get_xydata().tolist() == [[4, 20.5], [8, 70.25]] and top1.get_xlabel() == "step"
-    assert loss.lines[0].get_xydata()[-1].tolist() == [8, 1 / 8] and rate.lines[0].get_ydata().tolist() == [
-        *range(1, 9)
-    ]
-    sizes = [Image.open(tmp_path / name).size for name in ("a.png", "b.png")]
-    assert sizes[0] == (720, 420) and sizes[1] == (720, 840)
-
-
-def test_bars_of_labels_that_end_alike_share_a_colour(tmp_path, drawn):
-    def colours(*labels):
-        rows = [dict(label=label, paper=None, cell=label, ours=[1.0], minutes=[None]) for label in labels]
-        visualize.plot_results(dict(rows=rows), tmp_path / "p.png")
-        return [bar.get_facecolor() for bar in drawn[-1].axes[0].patches]
-
-    a, b, c, d = colours("Run", "Run, scratch", "Walk", "Walk, scratch")
-    assert a == c != b == d
-    assert len(set(colours("clip", "clip, half", "clip, double"))) == 1  # these are no series
-
-
-def test_still_and_moving_places():
-    video = torch.zeros(1, 8, 3, 24, 24)
-    video[:, ::2, :, :8, :8] = 1  # one place of nine flickers much, one a little
-    video[:, ::2, 1, 8:16, 16:] = 0.5
-    parts = visualize.still_and_moving(video, (2, 8, 8))
-    assert all(part.shape == video.shape and part.dtype == torch.bool for part in parts.values())
-    assert not (parts["still"] & parts["moving"]).any()
-    for part in parts.values():  # three whole places each, the same in every frame and colour
-        assert part.float().mean() == pytest.approx(1 / 3) and (part == part[:, :1, :1]).all()
-        assert set(part[0, 0, 0].reshape(3, 8, 3, 8).float().mean(dim=(1, 3)).flatten().tolist()) == {0, 1}
-    assert parts["moving"][..., :8, :8].all() and parts["moving"][..., 8:16, 16:].all()
-    assert visualize.still_and_moving(video[:, :1], (2, 8, 8)) == {}
+@pytest.mark.parametrize(
+    "flags, say",
+    [
+        ("--compare a.csv --out c.png", "two files, not 1"),
+        ("--out no/a.png", "must be a .png file in a folder that exists"),
+        ("--compare a.csv b.csv --out a.gif", "must be a .png"),
+        ("--checkpoint a.pt --gif a.png", "must be a .gif"),
+        ("--checkpoint none.pt", "none.pt"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, flags, say):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=say):
+        visualize.main(flags.split())

@@ -1,0 +1,77 @@
+"""Section 3.2 of the paper: what can be copied under each kind of mask?
+
+    python -m experiments.leak --checkpoint CKPT --mask tube --out FILE.json
+
+Writes the PSNR on masked pixels of a model, and of copies of the nearest visible cube, mean over
+test videos: for the third of the places that changes least in time ("still"), and for the third
+that changes most ("moving").
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import visualize
+from lib import engine
+from lib.engine import opt
+from lib.weights import load_model
+from masking import MASKS
+from model import patchify
+
+
+@dataclass
+class Config:
+    checkpoint: str | None = opt(None, "weights of pretrain.py")
+    mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
+    ratio: float = opt(0.75, "mask ratio")
+    scored: int = opt(200, "test videos", 1)
+    seed: int = opt(0, "seed of the masks", 0)
+    out: str | None = opt(None, "JSON to write")
+
+
+def still_and_moving(video: Tensor, cube: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Masks of the pixels of a clip (1, T, C, H, W) float, of a third of the places each.
+
+    A place is as wide and high as a cube and spans all frames.
+    """
+    flat, grid = (1, *cube[1:]), (1, video.shape[3] // cube[1], video.shape[4] // cube[2])
+    variance = patchify(video.var(dim=1, correction=0, keepdim=True), flat)  # (1, places, P)
+    rank = variance.mean(dim=2, keepdim=True).argsort(dim=1).argsort(dim=1)
+    places = rank.shape[1]
+    third = max(places // 3, 1)
+    chosen = {"still": rank < third, "moving": rank >= places - third}
+    return {
+        name: visualize.unpatchify(mask.expand_as(variance), grid, flat).expand_as(video)
+        for name, mask in chosen.items()
+    }
+
+
+def main(argv: list[str]) -> None:
+    _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
+    if not cfg.checkpoint or not cfg.out:
+        raise ValueError("name --checkpoint and --out")
+    model, about = load_model(cfg.checkpoint)
+    figure = visualize.Config(checkpoint=cfg.checkpoint, scored=cfg.scored)
+    sums, counts = Counter(), Counter()
+    for number, clip in enumerate(visualize.read_clips(figure, model, about)):
+        generator = torch.Generator()
+        generator.manual_seed(engine.derive_seed("figure", cfg.seed, number))
+        mask = MASKS[cfg.mask](clip, model.encoder.grid, cfg.ratio, generator)
+        original, hidden, made = visualize.reconstruct(model, clip, mask)
+        for part, where in still_and_moving(original, model.encoder.cube).items():
+            if not (hidden & where).any():
+                continue
+            for key in ("model", "nearest"):
+                sums[f"{key} {part}"] += visualize.psnr(made[key], original, hidden & where)
+                counts[f"{key} {part}"] += 1
+    psnr = {key: total / counts[key] for key, total in sums.items()}
+    engine.write_whole(cfg.out, json.dumps({"mask": cfg.mask, "psnr": psnr}, indent=1) + "\n")
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    engine.cli(main)

@@ -1,0 +1,281 @@
+"""The paper's tables and figures at toy scale: make any of them again on two CPU cores.
+
+    python -m experiments.run table1b                        # or several, or all: seeds 0, 1, 2
+    python -m experiments.run table1b --first 3 --seeds 1    # seed 3, added to those of the page
+    python -m experiments.run --report                       # pages and list from runs/lab
+
+What several experiments need is run once. If a series ends early, the same command continues it.
+The pages are experiments/results/NAME.md, .json and .png; docs/results.md lists all claims. The
+experiments themselves are in experiments/table.py.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import finetune
+import linprobe
+import pretrain
+from data import TOY, read_split
+from experiments import leak, report
+from experiments.table import DOWN, EXPERIMENTS, LAB, LISTS, PRETRAIN, STILL, UNTRAINED
+from lib import engine
+from lib.prepare import make_toy
+
+# ------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of python that runs in LAB, and is done when it left its product and its record."""
+
+    name: str
+    argv: list[str]
+    product: Path
+    chain: list  # [argv, recipe] of all jobs up to this one: all that its numbers depend on
+
+    @property
+    def record(self) -> Path:
+        """JSON: chain, and of all attempts machines, commits, seconds of processor time."""
+        return LAB / f"{self.name}.job"
+
+    def about(self) -> dict:
+        """The record, or an empty one."""
+        if self.record.exists():
+            return json.loads(self.record.read_text())
+        return dict(chain=self.chain, machines=[], commits=[], seconds=0.0)
+
+    def done(self) -> bool:
+        """Whether this very job is done."""
+        made = self.record.exists() and self.product.exists()
+        return made and self.about()["chain"] == self.chain
+
+
+def recipe(script: str) -> dict:
+    """The toy preset of a stage with all its defaults, as a file holds it."""
+    stage = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}.get(script)
+    config = stage.Config(**stage.PRESETS["toy"]) if stage else leak.Config()
+    return json.loads(json.dumps(asdict(config)))
+
+
+def recipes() -> dict[str, dict]:
+    """The toy presets of the three stages."""
+    return {script: recipe(script) for script in ("pretrain.py", "finetune.py", "linprobe.py")}
+
+
+def jobs_of(cell: str, seed: int) -> list[Job]:
+    """The jobs that make a cell, in their order. KeyError for names that are none."""
+    pre, _, down = cell.partition("@")[0].partition(":")
+    down = down or "tuned"
+    name, weights, jobs = f"{pre}-s{seed}-{down}", f"{LAB}/{pre}-s{seed}/checkpoint.pt", []
+    if pre != "none":
+        flags = PRETRAIN[pre].replace("SEED", str(seed)).split()
+        argv = ["pretrain.py", "toy", *flags, "--resume"]
+        argv += ["--seed", str(seed), "--name", f"lab/{pre}-s{seed}"]
+        product = LAB / f"{pre}-s{seed}" / "reconstruction.png"  # comes last
+        jobs.append(Job(f"{pre}-s{seed}", argv, product, [[argv, recipe(argv[0])]]))
+
+    argv = [*DOWN[down].split(), "--seed", str(seed)]
+    product = LAB / name / "results.json"
+    if argv[0] == "-m":
+        product = LAB / f"{name}.json"
+        argv += ["--checkpoint", weights, "--out", str(product)]
+    else:
+        init = f"--init {weights}" if jobs else UNTRAINED[argv[0]]
+        argv += [*init.split(), "--name", f"lab/{name}"]
+        argv += ["--resume"] if argv[0] == "finetune.py" else []
+    chain = [link for job in jobs for link in job.chain] + [[argv, recipe(argv[0])]]
+    return [*jobs, Job(name, argv, product, chain)]
+
+
+def machine(threads: int) -> str:
+    """What computes here, and the type of matrix products: "AMD EPYC, float32, 1 thread"."""
+    gpu = torch.cuda.is_available()
+    dtype = engine.precision_dtype("auto", torch.device("cuda" if gpu else "cpu"))
+    name = torch.cuda.get_device_name() if gpu else processor()
+    plural = "s" if threads > 1 else ""
+    return f"{name}, {str(dtype).removeprefix('torch.')}, {threads} thread{plural}"
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return name[1] if name else platform.processor() or platform.machine()
+
+
+class Series:
+    """Runs chains of jobs, some of them at a time. `stop` ends the processes that are at work."""
+
+    def __init__(self, at_once: int):
+        self.at_once, self.threads = at_once, max((os.cpu_count() or 1) // at_once, 1)
+        self.stopped, self.running = threading.Event(), {}
+
+    def run_all(self, chains: list[list[Job]]) -> None:
+        """Run chains side by side, the jobs of each one after another. Any error stops all."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                for future in as_completed([pool.submit(self.run_chain, c) for c in chains]):
+                    future.result()
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """Start nothing more. Stages save a checkpoint on this signal."""
+        self.stopped.set()
+        for process in list(self.running.values()):
+            process.terminate()
+
+    def run_chain(self, chain: list[Job]) -> None:
+        for job in chain:
+            self.run(job)
+
+    def run(self, job: Job) -> None:
+        """Do a job if it is not done. ValueError if it fails, or if others made what is there."""
+        about = job.about()
+        if about["chain"] != job.chain:
+            raise ValueError(
+                f"{job.record} is of other commands or recipes: remove {LAB}/{job.name}*"
+            )
+        if job.done() or self.stopped.is_set():
+            return
+        line = " ".join(["python", *job.argv])
+        print(line, flush=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        with open(LAB / f"{job.name}.log", "a") as log:
+            # close_fds=False: the process holds the lock, too, if it outlives the series.
+            process = subprocess.Popen(
+                [sys.executable, *job.argv],
+                stdout=log, stderr=log, env=environment, close_fds=False,
+            )  # fmt: skip
+            self.running[job.name] = process
+            if self.stopped.is_set():  # between the last look and now
+                process.terminate()
+            _, _, used = os.wait4(process.pid, 0)
+            del self.running[job.name]
+        about["machines"] = sorted({*about["machines"], machine(self.threads)})
+        about["commits"] = sorted({*about["commits"], report.commit()})
+        about["seconds"] += used.ru_utime + used.ru_stime
+        engine.write_whole(job.record, json.dumps(about))
+        if not job.product.exists():
+            raise ValueError(
+                f"{line} did not finish, see {LAB}/{job.name}.log; the same command continues it"
+            )
+
+
+def chains_of(names: list[str], seed: int) -> list[list[Job]]:
+    """Each pre-training that experiments need, with all that comes after it; nothing twice."""
+    chains = {}
+    for name in names:
+        for _, _, cell in EXPERIMENTS[name]["rows"]:
+            jobs = jobs_of(cell, seed)
+            chain = chains.setdefault(jobs[0].name, {})
+            chain.update({job.name: job for job in jobs})
+    return [list(chain.values()) for chain in chains.values()]
+
+
+def prepare(seed: int) -> None:
+    """Make the videos, and the lists of some videos that a seed draws."""
+    make_toy(TOY)
+    make_toy(STILL, still=True)
+    for name, shots in LISTS.items():
+        paths = sorted(finetune.draw_shots(read_split(TOY), shots, seed).paths)
+        lines = [f"{path.relative_to(TOY)}\n" for path in paths]
+        engine.write_whole(LAB / f"{name}-s{seed}.txt", "".join(lines))
+
+
+def measure(name: str, seeds: range) -> dict:
+    """An experiment as report takes it, with those of the seeds that are complete."""
+    found = EXPERIMENTS[name] | {"recipes": recipes()}
+    jobs = {seed: {cell: jobs_of(cell, seed) for *_, cell in found["rows"]} for seed in seeds}
+    complete = [
+        seed for seed in seeds if all(job.done() for of in jobs[seed].values() for job in of)
+    ]
+
+    def minutes(jobs: list[Job]) -> float:
+        return sum(job.about()["seconds"] for job in jobs) / 60
+
+    def of_all(seed: int, key: str) -> str:
+        values = {value for of in jobs[seed].values() for job in of for value in job.about()[key]}
+        return " and ".join(sorted(values))
+
+    rows = []
+    for label, paper, cell in found["rows"]:
+        key = cell.partition("@")[2]
+        each = [jobs[seed][cell] for seed in complete]
+        scores = [report.read_score(of[-1].product, key) for of in each]
+        rows.append(
+            dict(label=label, paper=paper, cell=cell, ours=scores, minutes=[*map(minutes, each)])
+        )
+    distinct = [
+        list({job.name: job for of in jobs[seed].values() for job in of}.values())
+        for seed in complete
+    ]
+    commands = [" ".join(job.argv) for *_, cell in found["rows"] for job in jobs_of(cell, 0)]
+    return found | dict(
+        rows=rows,
+        commands=list(dict.fromkeys(commands)),
+        seeds=complete,
+        minutes=[minutes(of) for of in distinct],
+        machines=[of_all(seed, "machines") for seed in complete],
+        commits=[of_all(seed, "commits") for seed in complete],
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ", ".join(EXPERIMENTS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {known}")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--report", action="store_true", help="run nothing, read these seeds' runs")
+    args = parser.parse_args(argv)
+    names = list(EXPERIMENTS) if args.names == ["all"] else args.names
+    if set(names) - set(EXPERIMENTS) or bool(names) == args.report:
+        raise ValueError(f"name all or some of {known}, or --report")
+    if args.seeds < 1 or args.first < 0 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be at least 1, --first at least 0")
+
+    seeds = range(args.first, args.first + args.seeds)
+    LAB.mkdir(parents=True, exist_ok=True)
+    if names:
+        run_series(names, seeds, args.jobs)
+    found = {name: measure(name, seeds) for name in EXPERIMENTS}
+    report.report(found, Path("experiments/results"), Path("docs/results.md"))
+
+
+def run_series(names: list[str], seeds: range, at_once: int) -> None:
+    """Run what experiments need, one seed after another, under a lock. A signal ends all of it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open(LAB / "lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another series is at work in {LAB}") from None
+        try:
+            for seed in seeds:
+                prepare(seed)
+                Series(at_once).run_all(chains_of(names, seed))
+        except KeyboardInterrupt:
+            sys.exit("stopped: the same command continues")
+
+
+if __name__ == "__main__":
+    engine.cli(main)

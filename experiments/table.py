@@ -1,0 +1,245 @@
+"""The experiments: one entry for each table or figure of the paper.
+
+A row of an experiment names a cell, PRE:DOWN@KEY. PRE is a pre-training of PRETRAIN, or "none".
+DOWN is what comes after it; without one it is "tuned". KEY picks a number; without one it is top-1
+in %.
+"""
+
+from pathlib import Path
+
+from experiments.report import MINUTES, OURS
+from lib.prepare import MOTIONS
+
+LAB = Path("runs/lab")
+STILL = "datasets/toy-still"  # toy videos in which most places stand still
+
+PRETRAIN = {  # flags of `pretrain.py toy`; SEED stands for the seed
+    "base": "",
+    "depth1": "--decoder-depth 1",
+    "depth4": "--decoder-depth 4",
+    "l1": "--loss l1",
+    "dense": "--stride 1",
+    "double": "--model double",
+    "center": "--model center",
+    "epochs10": "--epochs 10",
+    "epochs20": "--epochs 20",
+    "random75": "--mask random",
+    "frame75": "--mask frame",
+    "tube50": "--ratio 0.5",
+    "tube90": "--ratio 0.9",
+    "tube95": "--ratio 0.95",
+    "half": f"--splits {LAB}/half-sSEED.txt",
+    "half-long": f"--splits {LAB}/half-sSEED.txt --epochs 60 --warmup 2",
+    "few": f"--splits {LAB}/few-sSEED.txt",
+    "few-long": f"--splits {LAB}/few-sSEED.txt --epochs 120 --warmup 4",
+    "still": f"--data {STILL}",
+    "still-random": f"--data {STILL} --mask random",
+    "still-frame": f"--data {STILL} --mask frame",
+}
+LISTS = {"few": 25, "half": 50}  # lists of videos for pre-training: how many per class, of 100
+
+DOWN = {
+    "tuned": "finetune.py toy",
+    "tuned40": "finetune.py toy --epochs 40",
+    "still": f"finetune.py toy --data {STILL}",
+    # All videos labelled; the number of steps is the same for all three.
+    "all25": "finetune.py toy --shots 25 --epochs 32 --warmup 3.2",
+    "all50": "finetune.py toy --shots 50 --epochs 16 --warmup 1.6",
+    "all100": "finetune.py toy --shots 100 --epochs 8 --warmup 0.8",
+    "probe": "linprobe.py toy",
+    "leak-tube": "-m experiments.leak --mask tube",
+    "leak-random": "-m experiments.leak --mask random",
+    "leak-frame": "-m experiments.leak --mask frame",
+}
+UNTRAINED = {  # in place of weights, where PRE is "none"
+    "finetune.py": "--init none --init-scale 1 --base-lr 0.008",
+    "linprobe.py": "--init random",
+}
+
+LEAK = {  # cells of the masks that a model was trained with
+    "tube": "still:leak-tube",
+    "random": "still-random:leak-random",
+    "frame": "still-frame:leak-frame",
+}
+
+# Rows: (label, the paper's top-1 in % or None, cell). The paper's are on SSv2 unless it says K400.
+# Claims: (text, the paper's gap, cell, cell), see experiments/report.py. A gap of None is a claim
+# without a number; with OURS the claim is not the paper's.
+EXPERIMENTS = {
+    "table1a": dict(
+        title="Table 1a: decoder depth",
+        note="The toy encoder has 4 blocks, the paper's 12.",
+        rows=[
+            ("1 block", 68.5, "depth1"),
+            ("2 blocks (toy)", 69.2, "base"),
+            ("4 blocks", 69.6, "depth4"),
+        ],
+    ),
+    "table1b": dict(
+        title="Table 1b: masking",
+        note="Of 36 places, 90 % are 32. Frames at 75 %: 3 of 4 time steps.",
+        rows=[
+            ("tube 75 %", 68.0, "base"),
+            ("tube 90 %", 69.6, "tube90"),
+            ("random 75 % (paper: 90 %)", 68.3, "random75"),
+            ("frame 75 % (paper: 87.5 %)", 61.5, "frame75"),
+        ],
+        claims=[
+            # Theirs compares both at 90 %.
+            ("tubes beat random masks (theirs: 90 %)", 1.3, "base", "random75"),
+            ("tubes: 90 % beats 75 %", 1.6, "tube90", "base"),
+            ("tubes beat frames (theirs: 75, 87.5 %)", 6.5, "base", "frame75"),
+        ],
+    ),
+    "table1c": dict(
+        title="Table 1c: target",
+        note="Fine-tuning is the same in all rows, at the toy stride.",
+        rows=[
+            ("the central frame", 63.0, "center"),
+            ("the clip, half the stride", 68.9, "dense"),
+            ("the clip", 69.6, "base"),
+            ("the clip, twice the frames", 69.2, "double"),
+        ],
+    ),
+    "table1d": dict(
+        title="Table 1d: pre-training",
+        note="Ours has 10 labels per class, the paper's has all.",
+        rows=[
+            ("scratch", 32.6, "none"),
+            ("scratch, twice as long", None, "none:tuned40"),
+            ("VideoMAE", 69.6, "base"),
+        ],
+    ),
+    "table1e": dict(
+        title="Tables 1e, 4: another domain",
+        note="Still: less noise, waves move in a disc only.",
+        rows=[
+            ("waves, pre-trained on waves", 69.6, "base"),
+            ("waves, pre-trained on still", 68.5, "still"),
+            ("still, pre-trained on still (K400)", 80.0, "still:still"),
+            ("still, from scratch (K400)", 68.8, "none:still"),
+            ("still, pre-trained on waves (K400)", 79.6, "base:still"),
+        ],
+        claims=[
+            ("own domain best: SSv2, our waves", 1.1, "base", "still"),
+            ("own domain best: K400, our still", 0.4, "still:still", "base:still"),
+            ("the other domain beats none", 10.8, "base:still", "none:still"),
+        ],
+    ),
+    "table1f": dict(
+        title="Table 1f: loss",
+        note="The toy recipe predicts pixels in 0 to 1, where smooth L1 (68.9) is half the MSE: "
+        "no row of its own.",
+        rows=[("L1", 69.1, "l1"), ("MSE", 69.6, "base")],
+    ),
+    "table2": dict(
+        title="Table 2: data efficiency",
+        note="Theirs: UCF101 (9.5k), K400 (240k). Equal steps.",
+        axis="videos, all labelled",
+        rows=[
+            ("1200, VideoMAE", 80.0, "base:all100"),
+            ("600, VideoMAE", None, "half-long:all50"),
+            ("300, VideoMAE", 91.3, "few-long:all25"),
+            ("1200, scratch", 68.8, "none:all100"),
+            ("600, scratch", None, "none:all50"),
+            ("300, scratch", 51.4, "none:all25"),
+        ],
+        claims=[
+            ("it helps with 240k videos (ours 1200)", 11.2, "base:all100", "none:all100"),
+            ("it helps with 9.5k (ours 300)", 39.9, "few-long:all25", "none:all25"),
+            (
+                "it helps more with fewer",
+                28.7,
+                "few-long:all25 + none:all100",
+                "none:all25 + base:all100",
+            ),
+        ],
+    ),
+    "table3": dict(
+        title="Table 3: fine-tuning or probe, and time",
+        note="MoCo v3 (54.2, probe 33.7, in 3.2 times the hours) is not made here: this says "
+        "nothing about its time.",
+        axis=MINUTES,
+        rows=[
+            ("30 epochs, fine-tuned", 69.6, "base"),
+            ("20 epochs, fine-tuned", None, "epochs20"),
+            ("10 epochs, fine-tuned", None, "epochs10"),
+            ("30 epochs, probe", 38.9, "base:probe"),
+            ("20 epochs, probe", None, "epochs20:probe"),
+            ("10 epochs, probe", None, "epochs10:probe"),
+            ("none, probe", None, "none:probe"),
+            ("none, scratch", 32.6, "none"),
+            ("twice, scratch", None, "none:tuned40"),
+        ],
+    ),
+    "figure3": dict(
+        title="Figure 3: mask ratio",
+        note="Of 36 places: 18, 27, 32, 34. Theirs likes 95 %.",
+        axis="tokens hidden by tubes, %",
+        rows=[
+            ("50", None, "tube50"),
+            ("75", 68.0, "base"),
+            ("90", 69.6, "tube90"),
+            ("95", None, "tube95"),
+        ],
+        claims=[("90 % beats 75 %", 1.6, "tube90", "base")],
+    ),
+    "figure4": dict(
+        title="Figure 4: a part of the videos",
+        note="The paper's quarter: 42k.",
+        axis="videos, %",
+        rows=[
+            ("100, same steps", 69.6, "base"),
+            ("50, same steps", None, "half-long"),
+            ("25, same steps", 68.7, "few-long"),
+            ("100, same epochs", 69.6, "base"),
+            ("50, same epochs", None, "half"),
+            ("25, same epochs", None, "few"),
+        ],
+        claims=[
+            ("all beat a quarter", 0.9, "base", "few-long"),
+            ("a quarter: longer helps", None, "few-long", "few"),
+        ],
+    ),
+    "figure5": dict(
+        title="Figure 5: schedule",
+        note="The paper prints no numbers: slight gains.",
+        axis="epochs of pre-training",
+        rows=[("10", None, "epochs10"), ("20", None, "epochs20"), ("30", None, "base")],
+        claims=[("longer is better", None, "base", "epochs20")],
+    ),
+    "figure7": dict(
+        title="Figures 7, 8: gains",
+        note="Over scratch; the paper's are over image pre-training.",
+        rows=[
+            (name + how, None, f"{pre}@{name}")
+            for name in MOTIONS
+            for pre, how in (("base", ""), ("none", ", scratch"))
+        ],
+        claims=[
+            (f"{name} gains over scratch", OURS, f"base@{name}", f"none@{name}") for name in MOTIONS
+        ],
+    ),
+    "leak": dict(
+        title="Section 3.2: what leaks",
+        note="Nearest: the nearest cube is copied.",
+        unit="PSNR, dB",
+        rows=[
+            (f"{mask}, {part}, {key}", None, f"{cell}@{key} {part}")
+            for key in ("model", "nearest")
+            for part in ("still", "moving")
+            for mask, cell in LEAK.items()
+        ],
+        claims=[
+            (
+                f"{mask} masks leak {part} places, {key}",
+                None if part == "still" else OURS,
+                f"{LEAK[mask]}@{key} {part}",
+                f"{LEAK['tube']}@{key} {part}",
+            )
+            for key in ("model", "nearest")
+            for part in ("still", "moving")
+            for mask in ("random", "frame")
+        ],
+    ),
+}

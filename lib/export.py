@@ -1,0 +1,137 @@
+"""Weights for other projects: the official code's .pth, and folders for Hugging Face.
+
+python -m lib.weights WEIGHTS --official FILE.pth
+python -m lib.weights WEIGHTS --hugging-face FOLDER      # needs transformers
+
+WEIGHTS is anything that docs/weights.md lists, if it has a decoder or a trained head.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lib.weights import load_model, rename
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, VideoMAE, position_table
+
+
+def to_official(model: VideoMAE | Classifier) -> dict[str, Tensor]:
+    """The weights under the official names and with its Conv3d; to_ours is the inverse.
+
+    ValueError for variants, and for other positions than the "1d" ones that others compute.
+    """
+    if type(model) not in (VideoMAE, Classifier):
+        raise ValueError(f"other projects have no {type(model).__name__}")
+    state, (p0, p1, p2) = model.state_dict(), model.encoder.cube
+    state.pop("decoder_pos_embed", None)
+    positions = state.pop("encoder.pos_embed")
+    if not torch.equal(positions, position_table(model.encoder.grid, positions.shape[1], "1d")):
+        raise ValueError("other projects cannot use these weights: they compute other positions")
+    kernel = state.pop("encoder.patch_embed.weight")
+    kernel = rearrange(kernel, "d (p0 p1 p2 c) -> d c p0 p1 p2", p0=p0, p1=p1, p2=p2)
+    bias = state.pop("encoder.patch_embed.bias")
+    state |= {"encoder.patch_embed.proj.weight": kernel, "encoder.patch_embed.proj.bias": bias}
+    prefix = "encoder." if isinstance(model, Classifier) else ""
+    return {name.removeprefix(prefix): value.contiguous() for name, value in state.items()}
+
+
+def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
+    """The model and its preprocessing as objects of transformers. ValueError as to_official.
+
+    Their config takes class names, stride and sampling from `about`.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("--hugging-face needs transformers: pip install transformers") from error
+    state, s = to_official(model), SIZES[model.config["size"]]
+    (frames, height, width), (p0, p1, p2) = model.encoder.video_size, model.encoder.cube
+    if height != width or p1 != p2:
+        raise ValueError("Hugging Face's VideoMAE takes square clips and cubes alone")
+    config = dict(
+        num_frames=frames, image_size=height, tubelet_size=p0, patch_size=p1,
+        hidden_size=s["dim"], num_hidden_layers=s["depth"], num_attention_heads=s["heads"],
+        intermediate_size=4 * s["dim"], layer_norm_eps=model.encoder.blocks[0].norm1.eps,
+        decoder_hidden_size=s["decoder_dim"], decoder_num_attention_heads=s["decoder_heads"],
+        decoder_intermediate_size=4 * s["decoder_dim"],
+    )  # fmt: skip
+    config |= {key: about[key] for key in ("stride", "sampling") if key in about}
+    if isinstance(model, Classifier):
+        kind, names = transformers.VideoMAEForVideoClassification, about["classes"]
+        numbers = {name: i for i, name in enumerate(names)}
+        config |= dict(id2label=dict(enumerate(names)), label2id=numbers, use_mean_pooling=True)
+    else:
+        kind, depth = transformers.VideoMAEForPreTraining, len(model.decoder.blocks)
+        config |= dict(decoder_num_hidden_layers=depth, norm_pix_loss=model.normalize)
+        config["use_mean_pooling"] = False  # with it, the encoder has no last LayerNorm
+    theirs = kind(transformers.VideoMAEConfig(**config)).eval()
+
+    ours, new = {rename(name): value for name, value in state.items()}, {}
+    rows = ["query.weight", "key.weight", "value.weight"]
+    for name in theirs.state_dict():
+        our = rename(name, wrappers="videomae.")
+        stem, _, part = our.rpartition("attn.")
+        qkv = ours[f"{stem}attn.qkv.weight"].chunk(3) if part in rows else ()
+        new[name] = qkv[rows.index(part)] if qkv else ours[our]
+    theirs.load_state_dict(new)
+    crop = dict(size=dict(shortest_edge=height), crop_size=dict(height=height, width=height))
+    colours = dict(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+    return theirs, transformers.VideoMAEImageProcessor(**crop, **colours)
+
+
+@torch.no_grad()
+def change_last_eps(model: VideoMAE | Classifier, eps: float = 1e-5) -> str:
+    """Give the last LayerNorm the eps that Hugging Face fixes; returns a remark of one line.
+
+    Its weight makes up for it at the mean variance of its inputs, measured on a clip of noise.
+    """
+    norm = model.fc_norm if isinstance(model, Classifier) else model.decoder.norm
+    if norm.eps == eps:
+        return "nothing is lost"
+    (t, h, w), n = model.encoder.video_size, len(model.encoder.pos_embed)
+    noise = torch.Generator().manual_seed(0)
+    clip = torch.randint(0, 256, (1, t, 3, h, w), dtype=torch.uint8, generator=noise)
+    inputs = [clip] if isinstance(model, Classifier) else [clip, torch.arange(n)[None] % 2 == 0]
+    seen = []
+    hook = norm.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    model(*inputs)
+    variance = seen[0][0].var(dim=-1, unbiased=False).mean()
+    norm.weight *= ((variance + eps) / (variance + norm.eps)).sqrt()
+    before, norm.eps = norm.eps, eps
+    model(*inputs)
+    hook.remove()
+    most = float((seen[1][1] - seen[0][1]).abs().max())
+    lost = f"the last LayerNorm's eps is {eps} there, not {before}; its weight makes up for it"
+    return f"{lost}: its outputs change by at most {most:.0e} on a clip of noise"
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Files that exist are not written over."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m lib.weights", None, __doc__, formatter_class=text)
+    parser.add_argument("weights")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--official", type=Path, metavar="FILE.pth")
+    how.add_argument("--hugging-face", type=Path, metavar="FOLDER")
+    given = parser.parse_args(argv)
+    out = given.official or given.hugging_face
+    if out.exists():
+        raise ValueError(f"{out} exists: name a new one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model, about = load_model(given.weights, classifier=True)
+    if given.official:
+        frames, side, _ = model.encoder.video_size
+        args = dict(num_frames=frames, input_size=side, sampling_rate=about.get("stride"))
+        args["data_set"] = "SSV2" if about.get("sampling") == "uniform" else None
+        args["normlize_target"] = about.get("normalize")  # spelled so there
+        torch.save(dict(model=to_official(model), args=args), out)
+        remark = "without class names, optimizer and epoch"
+        if "eps" in model.config:
+            remark += f"; LayerNorm eps is 1e-06 there, not {model.config['eps']}"
+    else:
+        remark = change_last_eps(model)
+        for part in to_hugging_face(model, about):
+            part.save_pretrained(out)
+    print(f"wrote {out}; {remark}")

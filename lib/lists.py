@@ -1,0 +1,320 @@
+"""Which files belong to a data set: official lists, own lists, folders."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lib import annotations, engine
+from lib.annotations import brief, ending, frames_line, list_lines
+from lib.video import shown
+
+
+@dataclass
+class Split:
+    """Files of one part of a data set; `labels` are class numbers from 0, or -1 for no label.
+
+    `kind`: "ucf101" or "hmdb51" for their official lists, "list" for another one that has numbers
+    for classes, "named list" for one that has their names, "" for a folder.
+    `notes`: what its reader should know, such as what was left out.
+    """
+
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+    kind: str = ""
+    notes: list[str] = field(default_factory=list, compare=False)
+
+
+LISTS = {"ucf101": "ucfTrainTestlist", "hmdb51": "testTrainMulti_7030_splits"}  # official folders
+# Official numbers: data set, classes, fold -> training and test videos.
+COUNTS = {("hmdb51", 51, fold): (3570, 1530) for fold in (1, 2, 3)}
+COUNTS["ucf101", 101, 1] = (9537, 3783)
+COUNTS["ucf101", 101, 2] = (9586, 3734)
+COUNTS["ucf101", 101, 3] = (9624, 3696)
+# What systems leave beside files, but for what begins with a dot.
+SYSTEM = "__macosx thumbs.db ehthumbs.db desktop.ini @eadir $recycle.bin".split()
+
+
+def read_split(
+    data, splits=None, fold: int = 1, train: bool = True, missing: str = "error", classes_file=None
+) -> Split:
+    """The training or test videos under folder `data`. What `splits` is decides how they are found:
+
+        folder with classInd.txt         UCF101's official lists; labels from classInd.txt, minus 1
+        folder with *_test_split1.txt    HMDB51's official lists; classes in alphabetical order
+        file that ends in .json          Something-Something V2's official list
+        any other file                   lines `path label` or a table, see annotations.read_list;
+                                         paths relative to `data` or absolute; the label may be
+                                         missing or -1, names of classes are sorted
+        None                             the official lists' folder if it lies in `data` under its
+                                         own name, else all videos below `data` but hidden ones;
+                                         the name of a video's folder is its class
+
+    The last three know no test part: give another file or folder. `classes_file` names the classes
+    by number, see annotations.read_names. `missing` videos are an error, or are left out ("skip").
+    What was left out is printed. Counts of the official lists are checked. Names need not be UTF-8:
+    they are the file system's bytes. Raises ValueError for missing files and folders, malformed
+    lines, a video listed twice (it would count twice), and videos or groups in both parts.
+    """
+    found = listed(data, splits, fold, train, classes_file)
+    absent = missing_videos(found)
+    if absent:
+        line = f"{len(absent)} of {len(found.paths)} listed videos are missing"
+        line += f", the first is {brief(absent[0])}"
+        if missing == "error" or len(absent) == len(found.paths):
+            raise ValueError(line + why_missing(absent[0], Path(data).expanduser()))
+        out = set(absent)
+        kept = [i for i, path in enumerate(found.paths) if path not in out]
+        paths, labels = [found.paths[i] for i in kept], [found.labels[i] for i in kept]
+        notes = [*found.notes, f"{line}: they are left out"]
+        found = replace(found, paths=paths, labels=labels, notes=notes)
+    for note in found.notes if engine.rank() == 0 else ():
+        print(f"note: {note}")
+    return found
+
+
+def missing_videos(split: Split) -> list[Path]:
+    """The paths of a split at which there is no file."""
+    return [path for path in split.paths if not os.path.isfile(path)]
+
+
+def why_missing(path: Path, data: Path) -> str:
+    """What is there instead of a missing video, and what to do; begins with a colon."""
+    if os.path.isdir(path) and any(ending(name) in annotations.IMAGES for name in os.listdir(path)):
+        return f": {frames_line(data, path)}"
+    there, differs = nearly(path)
+    if there:
+        return f": there is {brief(there)}, only {differs} differ: rename it"
+    return ": `data.py check` lists them all, --missing skip leaves them out"
+
+
+def nearly(path: Path) -> tuple[Path | None, str]:
+    """(what lies on the way to a missing file under almost its name, what differs) or (None, "").
+
+    Case differs after renaming, and macOS writes accents as signs of their own (decomposed).
+    """
+    form = lambda name: unicodedata.normalize("NFC", name)
+    plain = lambda name: form(form(name).casefold())
+    here, first, differs = Path(path.anchor), None, ""
+    for name in path.parts[bool(path.anchor) :]:
+        names = os.listdir(here) if os.path.isdir(here) else []
+        alike = [other for other in sorted(names) if plain(other) == plain(name)]
+        other = name if os.path.lexists(here / name) else next(iter(alike), None)
+        if other is None:
+            return None, ""
+        if other != name and first is None:
+            first, same = here / other, form(other) == form(name)
+            differs = "the forms of accents" if same else "upper and lower case"
+        here = here / other
+    return first, differs
+
+
+def check_kind(split: Split, preset: str, data: str) -> None:
+    """ValueError where the recipe of UCF101 or HMDB51 meets the other's lists, or none.
+
+    Without lists, pre-training would take the test videos as well.
+    """
+    wanted = preset.removesuffix("-short")
+    if wanted in LISTS and split.kind not in (wanted, "list", "named list"):
+        found = f"the lists of {split.kind}" if split.kind else "no lists"
+        raise ValueError(f"{data} has {found}, not those of {wanted}: name them with --splits")
+
+
+# Formats of your own: ending of a list's name -> its reader (data, list, fold, train) -> Split.
+READERS = {}
+
+
+def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
+    """As read_split, without looking whether the videos that a list names are there."""
+    if data is None:
+        raise ValueError("--data is missing: the folder that holds the videos")
+    data, splits = Path(data).expanduser(), Path(splits).expanduser() if splits else None
+    if not os.path.isdir(data):
+        raise ValueError(f"no folder {data}: --data must name the folder that holds the videos")
+    if splits and not os.path.exists(splits):
+        want = "--splits must name the official split files' folder or a list"
+        raise ValueError(f"no file or folder {splits}: {want}")
+    if fold not in (1, 2, 3):
+        raise ValueError(f"no fold {fold}: the official splits are 1, 2 and 3")
+    if splits is None:
+        official = (data / name for name in LISTS.values() if os.path.isdir(data / name))
+        splits = next(official, None)
+    if splits is None:
+        found = _read_folder(data)
+    elif os.path.isdir(splits):
+        found = _read_official(data, splits, fold, train)
+    elif splits.suffix in READERS:
+        found = READERS[splits.suffix](data, splits, fold, train)
+    else:
+        found = _read_file(data, splits)
+    twice = [path for path, times in Counter(found.paths).items() if times > 1]
+    if twice:
+        raise ValueError(f"{splits} lists {brief(twice[0])} twice")
+    if not found.paths:
+        raise ValueError(f"no videos: {splits or data} lists none")
+    if classes_file:
+        found = name_classes(found, classes_file)
+    if min({*found.labels} - {-1}, default=0) == 1:
+        one = "no video has label 0: labels seem to begin at 1; the class 0 stays empty"
+        found.notes.append(one)
+    return found
+
+
+def name_classes(split: Split, file: str | Path) -> Split:
+    """The split with the classes that a file names, see annotations.read_names.
+
+    Numbers get names, and names get the file's numbers. ValueError where some have none.
+    """
+    names, count = annotations.read_names(file), len(split.classes)
+    if split.kind != "list":
+        return relabel(split, names, str(file))
+    line = f"{file} names {len(names)} classes, the labels go up to {count - 1}"
+    if len(names) < count:
+        raise ValueError(f"{line}: name them all")
+    notes = split.notes + [line] * (len(names) > count)
+    return replace(split, classes=names, kind="named list", notes=notes)
+
+
+def relabel(split: Split, classes: list[str], whose: str) -> Split:
+    """The split with the numbers that its classes have among `classes`; `whose` they are."""
+    if unknown := sorted({*split.classes} - {*classes}):
+        raise ValueError(f"{whose}: no class is called {brief(', '.join(unknown))}")
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[split.classes[label]] if label >= 0 else -1 for label in split.labels]
+    return replace(split, labels=labels, classes=classes)
+
+
+# ---------------------------------------------------------------------------------------- folders
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is not the user's own: ._x of macOS, .x, __MACOSX, Thumbs.db ..."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def video_files(data: Path) -> tuple[list[Path], list[str]]:
+    """(all videos below a folder by their endings, notes on what was passed over).
+
+    Links to folders are followed, but not to one that is read already, nor to one around it.
+    """
+    root, seen = os.path.realpath(data), set()
+    folders, links, videos, others = [str(data)], [], [], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # folders first: they name the class
+        real = os.path.realpath(folder)
+        if real in seen or (real != root and root.startswith(os.path.join(real, ""))):
+            others.append(Path(folder))
+            continue
+        seen.add(real)
+        try:
+            entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
+        except OSError as error:  # leave nothing out silently
+            raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if os.path.isdir(entry):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif ending(entry.name) in annotations.ENDINGS and os.path.isfile(entry):
+                videos.append(Path(entry.path))
+            else:
+                others.append(Path(entry.path))
+    notes, names = [], [os.path.relpath(path, data) for path in sorted(others)]
+    if others:
+        few = brief(", ".join(names[:3])) + " ..." * (len(names) > 3)
+        why = "no videos by their endings, or read already"
+        notes.append(f"passed over in {shown(data)}: {len(names)} ({why}): {few}")
+    images = Counter(path.parent for path in others if ending(path.name) in annotations.IMAGES)
+    frames = {folder for folder, count in images.items() if count > 4}
+    frames -= {path.parent for path in videos}
+    if frames:
+        notes.insert(0, frames_line(data, min(frames)))
+    return sorted(videos), notes
+
+
+def _read_folder(data: Path) -> Split:
+    paths, notes = video_files(data)
+    if not paths and notes:
+        raise ValueError(f"no videos: {'; '.join(notes)}")
+    names = [path.relative_to(data).parent.as_posix() for path in paths]
+    classes = sorted(set(names) - {"."})
+    labels = {name: label for label, name in enumerate(classes)}
+    return Split(paths, [labels.get(name, -1) for name in names], classes, notes=notes)
+
+
+# ------------------------------------------------------------------------------------------ lists
+
+
+def _read_file(data: Path, file: Path) -> Split:
+    json = file.suffix.lower() == ".json"
+    found = annotations.read_json(file) if json else annotations.read_list(data, file)
+    (names, labels, classes), there = found, {}
+    if names and isinstance(names[0], tuple):  # ids: their files may lie in folders of classes
+        there = {path.stem: path for path in reversed(video_files(data)[0])}
+        names = [
+            next(filter(there.get, name), f"{name[0]}.{'webm' if json else 'mp4'}")
+            for name in names
+        ]
+    numbers = classes == [str(label) for label in range(len(classes))]
+    kind = "list" if numbers else "named list"
+    return Split([there.get(name, data / name) for name in names], labels, classes, kind)
+
+
+def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
+    if os.path.isfile(splits / "classInd.txt"):
+        name, (classes, parts) = "ucf101", _read_ucf101(splits, fold)
+    elif any(not hidden(file.name) for file in splits.glob("*_test_split?.txt")):
+        name, (classes, parts) = "hmdb51", _read_hmdb51(splits, fold)
+    else:
+        kinds = "classInd.txt (UCF101) nor *_test_split1.txt (HMDB51)"
+        raise ValueError(f"{splits} holds neither {kinds}")
+    # UCF101's v_Class_g08_c01.avi is clip 1 of group 8; the clips of a group are of one film.
+    films = [{re.sub(r"_c\d+\.avi$", "", video) for video, _ in part} for part in parts]
+    if films[0] & films[1]:
+        both = brief(min(films[0] & films[1]))
+        raise ValueError(f"{splits}: {both} is in both the training and the test list")
+    counts = tuple(len(part) for part in parts)
+    official = COUNTS.get((name, len(classes), fold), counts)
+    if counts != official:
+        has = "{} split {} has {} training and {} test videos, these lists have {} and {}"
+        raise ValueError(has.format(name.upper(), fold, *official, *counts))
+    chosen = parts[0 if train else 1]
+    paths, labels = [data / video for video, _ in chosen], [label for _, label in chosen]
+    return Split(paths, labels, classes, name)
+
+
+def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
+    """(classes, [(video, label) of the training part, of the test part])."""
+    entries = [line.split() for line in list_lines(splits / "classInd.txt").values()]
+    if any(len(entry) != 2 or entry[0] != str(i + 1) for i, entry in enumerate(entries)):
+        want = "lines must read `number class`, numbered from 1"
+        raise ValueError(f"{splits / 'classInd.txt'}: {want}")
+    labels, parts = {name: label for label, (_, name) in enumerate(entries)}, []
+    for part in ("trainlist", "testlist"):
+        file = splits / f"{part}{fold:02}.txt"
+        parts.append([])
+        for line in list_lines(file).values():
+            video, *number = line.split()  # lines of the training list end with the number
+            label = labels.get(video.split("/")[0])
+            if label is None or number not in ([], [str(label + 1)]):
+                want = "must read `Class/video [number]` as in classInd.txt"
+                raise ValueError(f"{file}: line '{brief(line)}' {want}")
+            parts[-1].append((video, label))
+    return list(labels), parts
+
+
+def _read_hmdb51(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
+    suffix = f"_test_split{fold}.txt"
+    files = sorted(file for file in splits.glob("*" + suffix) if not hidden(file.name))
+    if not files:
+        raise ValueError(f"no files *{suffix} in {splits}")
+    classes, parts = [file.name.removesuffix(suffix) for file in files], [[], [], []]
+    for label, file in enumerate(files):
+        for line in list_lines(file).values():
+            name, _, part = line.rpartition(" ")
+            if part not in ("0", "1", "2"):
+                want = "must end in 0 (unused), 1 (train) or 2 (test)"
+                raise ValueError(f"{file}: line '{brief(line)}' {want}")
+            parts[int(part)].append((f"{classes[label]}/{name.strip()}", label))
+    return classes, parts[1:]

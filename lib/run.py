@@ -1,0 +1,279 @@
+"""What surrounds a training loop: resuming, accumulation, precision, processes, log, signals.
+
+A stage hands its data, model and optimizer to Run and writes the loop itself, see pretrain.py.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from lib import engine, speed
+
+# What may differ on --resume, because it does not change the training.
+MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
+eval_only predict name resume device compile memory log_every save_minutes""".split()
+
+
+def fit_to_set(preset: str, cfg, videos: int):
+    """Recipe "own": a batch no larger than the set; what no flag gives is set for `steps` steps."""
+    if preset != "own":
+        return cfg
+    batch = min(cfg.batch, videos)
+    epochs = cfg.epochs or math.ceil(cfg.steps / (videos // batch))
+    warmup = epochs / 10 if cfg.warmup is None else cfg.warmup
+    return replace(cfg, batch=batch, epochs=epochs, warmup=warmup)
+
+
+class Run:
+    """One training in runs/NAME, from its start or, with --resume, from its checkpoint.
+
+    `stage` is "pretrain" or "finetune", `cfg` its hyper-parameters, `about` more for the
+    checkpoint, such as the names of classes. A stage uses order, total and warmup (in steps),
+    folder, log, and net: the model as the loop calls it.
+    """
+
+    def __init__(self, stage, name, cfg, model, optimizer, videos, device, **about):
+        self.stage, self.folder, self.cfg = stage, Path("runs") / name, cfg
+        self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
+        self.dtype = engine.precision_dtype(cfg.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        if cfg.warmup >= cfg.epochs:
+            raise ValueError(f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}")
+        self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
+        self.per_epoch = max(len(videos) // cfg.batch, 1)
+        self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
+        config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
+        self.config = json.loads(json.dumps(config))  # lists instead of tuples, as after loading
+        self.start = self.step = self._resume()
+        how = (cfg.batch, self.micro, self.start, self.total, cfg.seed)
+        self.order = engine.Order(len(videos), *how)
+        if cfg.compile:
+            model = torch.compile(model)
+        else:
+            speed.save_memory(model, cfg.memory)
+        self.net = DistributedDataParallel(model) if dist.is_initialized() else model
+        self.log = Log(self.folder, self.start, self.total, self.config)
+        self.losses, self.unreadable, self.signals, self.stop = [], {}, [], False
+        self.pass_number, self.saved = 0, time.time()
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        begin = f"going on after step {self.start}" if self.start else "starting at step 0"
+        self.say(
+            f"{self.folder}: {begin} of {self.total} ({cfg.epochs} epochs, {self.warmup} steps of "
+            f"warm-up), peak lr {cfg.base_lr * cfg.batch / 256:.3g}; {len(videos)} videos\n"
+            f"batch {cfg.batch} = {engine.processes()} processes x {self.accumulation} passes x "
+            f"{self.micro} videos, {cfg.repeats} clips of each; "
+            f"{millions:.1f} M parameters; {self.dtype} on {speed.machine(device)}"
+        )
+
+    @staticmethod
+    def say(text: str) -> None:
+        """Print in one process only."""
+        if engine.rank() == 0:
+            print(text, flush=True)
+
+    def _resume(self) -> int:
+        """Load the run's checkpoint where there is one; returns the step to start from."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return 0
+        if not self.cfg.resume:
+            choice = "continue it with --resume, or choose another --name"
+            raise ValueError(f"{self.folder} holds a run already: {choice}")
+        state = engine.load_checkpoint(path, self.stage)
+        before, now = ({**c.pop("flags"), **c} for c in (state["config"], dict(self.config)))
+        changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
+        if changed:
+            names = ", ".join(changed)
+            raise ValueError(f"--resume with another {names} than before: choose another --name")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def steps(self):
+        """The numbers of the steps to do. SIGTERM, SIGUSR1 and Ctrl-C end them after a whole step.
+
+        Several processes end together at the next log line, where they talk to each other anyway.
+        """
+        numbers = [
+            getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)
+        ]
+        before = {number: signal.signal(number, self._note_signal) for number in numbers}
+        try:
+            for step in range(self.start, self.total):
+                self.step = step
+                yield step
+                if self.stop:
+                    break
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note_signal(self, number: int, _) -> None:
+        self.signals.append(number)
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once
+            signal.signal(number, signal.default_int_handler)
+
+    def passes(self, batches):
+        """Gradient accumulation: (clips, labels) on the device, for each forward pass of a step."""
+        for number in range(self.accumulation):
+            self.pass_number = number
+            asked = time.time()
+            clips, labels, unreadable = next(batches)
+            self.log.waited += time.time() - asked
+            for path in unreadable.keys() - self.unreadable.keys():
+                tqdm.write(f"left out, unreadable: {unreadable[path]}", file=sys.stderr)
+            self.unreadable |= unreadable
+            if clips is None or len(self.unreadable) > len(self.videos) / 10:
+                example = next(iter(self.unreadable.values()))
+                raise ValueError(f"over a tenth of the videos cannot be read, such as {example}")
+            # DDP averages the gradients of the processes in the last pass only.
+            self.net.require_backward_grad_sync = number == self.accumulation - 1
+            yield (x.to(self.device, non_blocking=True) for x in (clips, labels))
+
+    def seed(self, use: str) -> int:
+        """A seed for this pass. It is the same however the passes are spread over processes."""
+        number = engine.rank() * self.accumulation + self.pass_number
+        return engine.derive_seed(use, self.cfg.seed, self.step, number)
+
+    def autocast(self):
+        """The context of the forward pass: matrix products in the type of --precision."""
+        return engine.autocast(self.device, self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this pass to those of the step."""
+        loss = loss / self.accumulation
+        self.scaler.scale(loss).backward()
+        # Losses stay on the device until the log needs them, so that the CPU need not wait.
+        if self.pass_number == 0:
+            self.losses.append(0.0)
+        self.losses[-1] = self.losses[-1] + loss.detach()
+
+    def update(self, lr: float) -> bool:
+        """The optimizer's step; a log line and a checkpoint if it is time. True after a checkpoint.
+
+        A group of the optimizer may have a "scale", a factor on its learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
+        self.scaler.unscale_(self.optimizer)
+        if self.cfg.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        done = self.step + 1
+        due = done == self.total or time.time() - self.saved > 60 * self.cfg.save_minutes
+        line = done == self.total or done % self.cfg.log_every == 0
+        if engine.processes() == 1:
+            self.stop = bool(self.signals)
+            line = line or due or self.stop  # only losses that are known to be finite are saved
+        if line:
+            self._log_line(done, lr)
+        if not (line and due or self.stop) or engine.rank() > 0:
+            return False
+        state = dict(stage=self.stage, config=self.config, step=done, steps=self.total)
+        for key in ("model", "optimizer", "scaler"):
+            state[key] = getattr(self, key).state_dict()
+        engine.save_checkpoint(self.folder / "checkpoint.pt", **state)
+        self.saved = time.time()
+        return True
+
+    def _log_line(self, done: int, lr: float) -> None:
+        """Write about the steps since the last line. ValueError where a loss is not finite."""
+        losses = torch.stack(self.losses)
+        if engine.processes() > 1:
+            # Processes talk here only: about losses, and whether one was asked to stop.
+            mine = torch.cat([losses, losses.new_tensor([max(self.signals, default=0)])])
+            parts = [torch.empty_like(mine) for _ in range(engine.processes())]
+            dist.all_gather(parts, mine)
+            losses = torch.stack(parts)[:, :-1].mean(dim=0)
+            self.signals = [int(part[-1]) for part in parts if part[-1] > 0]
+            self.stop = bool(self.signals)
+        losses, self.losses = losses.tolist(), []
+        for step, loss in enumerate(losses, done - len(losses)):
+            if not math.isfinite(loss):
+                names = [str(self.videos.split.paths[i]) for i, _ in self.order.step_keys(step)]
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                raise ValueError(
+                    f"the loss is {loss} at step {step} (lr {lr:.3g}): try a lower --base-lr, "
+                    f"--clip-grad 1 or --precision fp32; its videos: {', '.join(names[:8])}{more}"
+                )
+        clips = len(losses) * self.cfg.batch * self.cfg.repeats
+        values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
+        self.log.line(done, clips, **values, unreadable=len(self.unreadable))
+
+    def close(self) -> None:
+        """Say what was left out and what took the time. After a signal, end the program."""
+        self.log.bar.close()
+        bottleneck = self.log.bottleneck(self.cfg.workers)
+        self.say(f"{len(self.unreadable)} unreadable videos; {bottleneck}")
+        if self.stop:
+            number = signal.Signals(self.signals[0])
+            done = f"after step {self.step + 1} of {self.total}"
+            self.say(f"stopped by {number.name} {done}: the same command with --resume goes on")
+            sys.exit(130 if number == signal.SIGINT else 0)
+
+
+@torch.no_grad()
+def loss_of_nothing(model, video: Tensor) -> float:
+    """The loss of predicting the mean of all targets everywhere: training has to beat it."""
+    n = torch.arange(len(model.encoder.pos_embed), device=video.device)
+    target = model.target(video, n.expand(len(video), -1))
+    return model.loss(target.mean().expand_as(target), target).item()
+
+
+class Log:
+    """runs/NAME/log.jsonl and a progress bar, in process 0. A resumed run drops later lines."""
+
+    def __init__(self, folder: Path, start: int, total: int, config: dict):
+        self.path, self.last, self.time = folder / "log.jsonl", start, time.time()
+        self.waited = 0.0  # seconds without data since the last line
+        self.seconds, self.without = 0.0, 0.0  # the same of all lines: all, and without data
+        self.bar = tqdm(initial=start, total=total, unit="step", disable=engine.rank() > 0)
+        if engine.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            old = self.path.read_text().splitlines() if start and self.path.exists() else []
+            old = [line for line in old if line.endswith("}")]  # the last may have been cut short
+            kept = [line for line in old if json.loads(line).get("step", 0) <= start]
+            engine.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        if not start:
+            self.write(config=config, torch=torch.__version__)
+
+    def write(self, **values) -> None:
+        """Append one JSON line."""
+        if engine.rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def line(self, done: int, clips: int, **values) -> None:
+        """Append the line of the steps since the last one, in which `clips` clips were seen."""
+        seconds = max(time.time() - self.time, 1e-9)
+        speeds = dict(clips_per_s=clips / seconds, waiting_for_data=self.waited / seconds)
+        self.write(step=done, **values, **speeds)
+        self.bar.update(done - self.last)
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
+        self.seconds, self.without = self.seconds + seconds, self.without + self.waited
+        self.last, self.time, self.waited = done, time.time(), 0.0
+
+    def bottleneck(self, workers: int) -> str:
+        """Whether videos or computing took the time, and what would change that."""
+        share = self.without / max(self.seconds, 1e-9)
+        waited = f"{share:.0%} of the time was spent waiting for videos"
+        if share < 0.05:
+            return f"computing is the bottleneck: {waited}"
+        more = f"raise --workers (now {workers}; {os.cpu_count()} cores here)"
+        return f"data is the bottleneck: {waited}; {more}, or see `python data.py prepare`"

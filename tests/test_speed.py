@@ -1,0 +1,143 @@
+"""What makes it faster changes nothing: attention on CPUs, memory policies, compiling, threads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import speed
+from lib.variants import MODELS
+from masking import tube_mask
+from model import Classifier, VideoMAE
+
+SMALL = dict(size="toy", video_size=(8, 32, 48), cube=(2, 8, 8))
+
+
+def clip(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (2, 8, 3, 32, 48), dtype=torch.uint8, generator=generator)
+
+
+def tube():
+    return tube_mask(torch.empty(2, 1), (4, 4, 6), 0.75)
+
+
+@pytest.mark.parametrize("queries, keys", [(70, 70), (2100, 2100), (50, 20)])  # 2100: single heads
+def test_attention_for_cpus_is_attention(queries, keys):
+    parts = [torch.randn(2, 3, n, 16).requires_grad_() for n in (queries, keys, keys)]
+    grad = torch.randn(2, 3, queries, 16)
+    reference = F.scaled_dot_product_attention(*parts)
+    expected = torch.autograd.grad((reference * grad).sum(), parts)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        cast = [part.detach().to(dtype) for part in parts]
+        mine = speed.attention(*cast)
+        torch.testing.assert_close(mine.float(), reference, atol=error, rtol=error)
+        grads = speed.attention_backward(grad.to(dtype), *cast)
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a.float(), b, atol=error, rtol=error)
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="torch before 2.9")
+def test_the_kernel_behind_sdpa_is_replaced_for_bf16_alone(monkeypatch):
+    speed.use_faster_attention()
+    calls, attention = [], speed.attention
+    monkeypatch.setattr(speed, "attention", lambda *x: calls.append(1) or attention(*x))
+    q, k, v = (torch.randn(2, 3, 50, 16, requires_grad=True) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        half = [x.bfloat16() for x in (q, k, v)]
+        ours = F.scaled_dot_product_attention(*half)
+    assert calls
+    torch.testing.assert_close(ours.float(), exact, atol=2e-2, rtol=2e-2)
+    grads = [torch.autograd.grad(out.float().sum(), (q, k, v)) for out in (ours, exact)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+    causal = F.scaled_dot_product_attention(*half, is_causal=True)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(causal.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_sharp_attention_in_bf16_rounds_logits_no_more_than_once():
+    """Logits of up to 60, with an error of one in 256."""
+    q, k, v = (4 * torch.randn(1, 2, 400, 64) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    mine = speed.attention(*(x.bfloat16() for x in (q, k, v))).float()
+    assert (mine - exact).norm() / exact.norm() < 0.03
+
+
+def kept(model, *args):
+    """Bytes that a forward pass keeps for the backward pass, parameters aside."""
+    found, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(x):
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(*args)
+    return sum(size for pointer, size in found.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("name", ["videomae", "cross"])
+@pytest.mark.parametrize("how", ["less", "least"])
+def test_memory_policies_change_no_gradient(name, how):
+    torch.manual_seed(0)
+    model, mask = MODELS[name](**SMALL), tube()
+    model(clip(), mask)[0].backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    speed.save_memory(model, how)
+    model(clip(), mask)[0].backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_memory_policies_repeat_random_numbers_and_keep_less():
+    classifier = Classifier(**SMALL, classes=5, drop_path=0.5)
+    grads, bytes_kept = [], {}
+    for how in ("fast", "less", "least"):
+        speed.save_memory(classifier, how)
+        torch.manual_seed(1)
+        classifier.zero_grad()
+        classifier(clip()).square().sum().backward()
+        grads.append(classifier.encoder.blocks[0].mlp.fc1.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[2])
+    for how in ("fast", "least"):
+        model = VideoMAE(**SMALL)
+        speed.save_memory(model, how)
+        bytes_kept[how] = kept(model, clip(), tube())
+    assert bytes_kept["least"] < 0.3 * bytes_kept["fast"]
+
+
+def test_a_compiled_step_is_compiled_once_and_gives_the_same():
+    """Other masks and videos need no other graph."""
+    torch._dynamo.reset()
+    model = VideoMAE(**SMALL, decoder_depth=1)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(clip(), tube())[0].backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2):
+            step = clip(seed), tube()
+            torch.testing.assert_close(compiled(*step)[0], model(*step)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_classifier_is_one_graph():
+    torch._dynamo.reset()
+    classifier = Classifier(**SMALL, classes=5, drop_path=0.2, head_dropout=0.5)
+    run = torch.compile(classifier, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert all(run(clip(seed)).shape == (2, 5) for seed in range(3))
+
+
+def test_narrow_models_take_one_thread(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    speed.place(VideoMAE(**SMALL), torch.device("cpu"))
+    assert seen == [1]
+    speed.place(VideoMAE("tiny", (4, 32, 32)), torch.device("cpu"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    speed.place(VideoMAE(**SMALL), torch.device("cpu"))
+    assert seen == [1]
+    assert "thread" in speed.machine(torch.device("cpu"))
