@@ -12,6 +12,7 @@ lib/prepare.py does what the three commands above say.
 A clip is (T, C, H, W) uint8, torchvision's order of a tv_tensors.Video.
 """
 
+import atexit
 import gc
 import signal
 import sys
@@ -132,11 +133,47 @@ class MultiScaleCrop(v2.Transform):
         return VF.resized_crop(inpt, **params, size=[self.size, self.size], antialias=True)
 
 
+class OfficialRandAugment(v2.RandAugment):
+    """One operation of RandAugment, as the official script's rand-m7-n4-mstd0.5-inc1.
+
+    The magnitude is drawn from N(`mean`, 0.5) each time, cut to 0 .. 10. Unlike torchvision's, it
+    has Invert and SolarizeAdd, no Identity, keeps 4 - int(0.4 * magnitude) bits in Posterize, and
+    turns, shears and shifts frames with Pillow's bicubic interpolation.
+    """
+
+    _AUGMENTATION_SPACE = {
+        **v2.RandAugment._AUGMENTATION_SPACE,
+        "Invert": (lambda bins, height, width: None, False),
+        "Posterize": (lambda bins, height, width: 4 - 4 * torch.arange(bins) // (bins - 1), False),
+        "SolarizeAdd": (lambda bins, height, width: torch.linspace(0, 110, bins), False),
+    }
+    del _AUGMENTATION_SPACE["Identity"]
+
+    def __init__(self, mean: float):
+        bicubic = v2.InterpolationMode.BICUBIC
+        super().__init__(1, num_magnitude_bins=1001, interpolation=bicubic, fill=128)
+        self.mean = mean
+
+    def forward(self, *inputs):
+        self.magnitude = round(100 * torch.normal(self.mean, 0.5, ()).clamp(0, 10).item())
+        return super().forward(*inputs)
+
+    def _apply_image_or_video_transform(self, image, name, magnitude, **how):
+        apply = super()._apply_image_or_video_transform
+        if name == "SolarizeAdd":
+            return image + int(magnitude) * (image < 128).to(torch.uint8)
+        if name not in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
+            return apply(image, name, magnitude, **how)
+        # torchvision has no bicubic interpolation for these on tensors.
+        frames = [apply(VF.to_pil_image(frame), name, magnitude, **how) for frame in image]
+        return torch.stack([VF.pil_to_tensor(frame) for frame in frames])
+
+
 class Erase(v2.RandomErasing):
     """Random erasing of a uint8 video: one rectangle for all frames, with new noise in each frame.
 
     Its area is 2 to 33 %, its aspect 0.3 to 3.3, the noise has ImageNet's mean and std (official
-    code).
+    code). Pixels are uint8: noise below 0 or above 255 is clipped, unlike there.
     """
 
     def __init__(self, p: float):
@@ -159,19 +196,21 @@ def pretrain_transform(size: int, flip: bool) -> v2.Transform:
 
 
 def finetune_transform(
-    size: int, flip: bool, operations: int, magnitude: float, smallest: float, erase: float
-) -> v2.Transform:
+    size: int, flip: bool, operations: int, magnitude: float, smallest: float, erase: float,
+    official: bool = False,
+) -> v2.Transform:  # fmt: skip
     """Augmentation of fine-tuning, the same for all frames of a clip (official code, in its order).
 
-    RandAugment (`operations` draws, each applied half of the time, at `magnitude` of 10;
-    torchvision's list of operations, bilinear), RandomResizedCrop to size x size pixels from
-    `smallest` to all of the area, mirror image half the time with `flip`, random erasing with
-    probability `erase`.
+    RandAugment (`operations` draws, each applied half of the time, at `magnitude` of 10),
+    RandomResizedCrop to size x size pixels from `smallest` to all of the area, mirror image half
+    the time with `flip`, random erasing with probability `erase`. RandAugment is torchvision's,
+    bilinear, and the crop has antialiasing; with `official` both are as in the official code.
     """
     bilinear = v2.InterpolationMode.BILINEAR
     one = v2.RandAugment(1, round(3 * magnitude), 31, interpolation=bilinear, fill=128)
+    one = OfficialRandAugment(magnitude) if official else one
     steps = [v2.RandomApply([one], p=0.5) for _ in range(operations)]
-    steps.append(v2.RandomResizedCrop(size, scale=(smallest, 1.0), antialias=True))
+    steps.append(v2.RandomResizedCrop(size, scale=(smallest, 1.0), antialias=not official))
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if erase:
@@ -184,9 +223,9 @@ def eval_transform(size: int) -> v2.Transform:
     return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
-def spatial_views(clip: Tensor, size: int, crops: int) -> Tensor:
+def spatial_views(clip: Tensor, size: int, crops: int, antialias: bool = True) -> Tensor:
     """(T, C, H, W) -> (crops, T, C, size, size): short side to `size`, squares along the other."""
-    clip = VF.resize(clip, size, antialias=True)
+    clip = VF.resize(clip, size, antialias=antialias)
     spare = [side - size for side in clip.shape[-2:]]  # one of them is 0
     shares = [k / (crops - 1) for k in range(crops)] if crops > 1 else [0.5]
     corners = [(int(share * spare[0]), int(share * spare[1])) for share in shares]
@@ -243,15 +282,16 @@ class Views(Dataset):
     """Test views: item i is (i, views (clips * crops, T, C, size, size) uint8), from one decode.
 
     `rule` is a test rule of SAMPLING, for `clips` clips of `frames` frames; spatial_views says what
-    `size` and `crops` are. Raises ValueError, with the path, for a file that cannot be read:
-    evaluation never leaves anything out.
+    `size`, `crops` and `antialias` are. Raises ValueError, with the path, for a file that cannot be
+    read: evaluation never leaves anything out.
     """
 
     def __init__(
-        self, paths: list, rule, frames: int, stride: int, clips: int, size: int, crops: int
-    ):
+        self, paths: list, rule, frames: int, stride: int, clips: int, size: int, crops: int,
+        antialias: bool = True,
+    ):  # fmt: skip
         self.paths, self.rule, self.frames, self.stride = paths, rule, frames, stride
-        self.clips, self.size, self.crops = clips, size, crops
+        self.clips, self.how = clips, (size, crops, antialias)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -263,7 +303,7 @@ class Views(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         frames = read_frames(self.paths[index], self.pick)
         clips = frames.split(self.frames)
-        return index, torch.cat([spatial_views(clip, self.size, self.crops) for clip in clips])
+        return index, torch.cat([spatial_views(clip, *self.how) for clip in clips])
 
 
 def collate(items: list) -> tuple[Tensor | None, Tensor, dict[str, str]]:
@@ -308,9 +348,11 @@ def make_loader(
         yield from loader
         return
     iterator = iter(loader)
+    # An error elsewhere keeps this generator alive to the end of the program.
+    atexit.register(iterator._shutdown_workers)
     try:
         for process in iterator._workers:
-            # torch and multiprocessing end workers by SIGTERM, which these ignore: use SIGKILL.
+            # torch ends workers that are stuck by SIGTERM, which these ignore: use SIGKILL.
             process._popen.terminate = process._popen.kill
         yield from iterator
     except ValueError as error:  # of a file: without the traceback of the worker
@@ -325,6 +367,7 @@ def make_loader(
         ) from error
     finally:
         iterator._shutdown_workers()  # now, not when Python gets round to it
+        atexit.unregister(iterator._shutdown_workers)
 
 
 def _begin_worker(worker: int) -> None:

@@ -5,16 +5,18 @@
     python finetune.py ucf101 --data UCF-101 --splits ucfTrainTestlist --init WEIGHTS --micro 8
     torchrun --nproc_per_node 8 finetune.py hmdb51 --data hmdb51 --splits testTrainMulti_7030_splits
     python finetune.py ucf101 --data UCF-101 --splits ucfTrainTestlist --eval-only
-    python finetune.py ucf101 --predict a.avi b.mp4         # top 5 classes of any videos
+    python finetune.py ucf101 --predict a.avi FOLDER '*.mp4' LIST     # top 5 classes of any videos
 
 WEIGHTS is a checkpoint of pretrain.py, an official .pth or a Hugging Face folder. Leaves runs/NAME/
-with checkpoint.pt, log.jsonl, loss.png, results.json, predictions.csv, classes.png. The loss falls
-from log(classes), with mixup to well above 0. UCF101: 91.3 % after 3,200 epochs before (paper).
+with checkpoint.pt, log.jsonl, loss.png, results.json, predictions.csv, classes.png, or of --predict
+predicted.csv. The loss falls from log(classes), with mixup to well above 0. UCF101: 91.3 % after
+3,200 epochs before (paper).
 """
 
-import csv
 import json
+import re
 import time
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +32,8 @@ import visualize
 from data import SAMPLING, TOY, Split, Videos, finetune_transform, make_loader, read_split
 from lib import engine, prepare, speed
 from lib.engine import opt
-from lib.evaluate import accuracies, score_videos
-from lib.lists import relabel
-from lib.run import Run, fit_to_set
+from lib.evaluate import accuracies, fit_classes, predict, score_videos, stack, top_five, write_csv
+from lib.run import Run, RunConfig, fit_to_set
 from lib.video import shown
 from lib.weights import build, by, load_weights, read_weights
 from model import SIZES, Classifier, to_float
@@ -48,10 +49,12 @@ class ClipConfig:
     test_splits: str | None = opt(None, "list of the test videos; None: as --splits")
     fold: int = opt(1, "official split, 1 to 3", 1, 3)
     missing: Literal["error", "skip"] = opt("error", "where listed videos are not there")
-    classes: str | None = opt(None, "file with the names of a list's classes, one per line")
+    classes: str | None = opt(None, "file with the names of classes of a list or of weights")
     shots: int = opt(0, "training videos per class, drawn by the seed; 0: all", 0)
     clips: int = opt(5, "test clips per video", 1)
     crops: int = opt(3, "test crops per clip", 1)
+    augment: Literal["official", "torchvision"] = opt("torchvision", "RandAugment and resampling")
+    every: float | None = opt(None, "seconds of a film per prediction or feature; None: all", 0)
     workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     # model and clips
     init: str | None = opt(None, "weights, or none; None: runs/pretrain-PRESET/checkpoint.pt")
@@ -65,12 +68,12 @@ class ClipConfig:
     # run
     name: str | None = opt(None, "results go to runs/NAME; None: STAGE-PRESET")
     seed: int = opt(0, "of everything random: weights, order, crops, dropout", 0)
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute; mps is untested")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products")
 
 
 @dataclass
-class Config(ClipConfig):
+class Config(ClipConfig, RunConfig):
     # augmentation
     repeats: int = opt(2, "augmentations of each decoded clip; the learning rate stays", 1)
     operations: int = opt(4, "RandAugment operations per clip, each applied half of the time", 0)
@@ -98,22 +101,18 @@ class Config(ClipConfig):
     layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
     # evaluation
-    validate: int = opt(0, "epochs between looks at the test videos, for the curve; 0: never", 0)
+    validate: int = opt(0, "epochs between looks at test or held-out videos; 0: never", 0)
+    hold_out: float = opt(0.0, "share of the training videos that --validate looks at", 0, 0.9)
     eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init, on its own clips")
-    predict: tuple[str, ...] | None = opt(None, "print the top 5 classes of these videos")
-    # run
-    resume: bool = opt(False, "continue runs/NAME")
-    compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
-    memory: Literal["fast", "less", "least"] = opt("fast", "activations kept, see lib/speed.py")
-    log_every: int = opt(10, "steps per line of log.jsonl", 1)
-    save_minutes: float = opt(10, "minutes from one checkpoint to the next")
+    predict: tuple[str, ...] | None = opt(None, "files, folders, globs or lists of videos")
 
 
 # Table 10 and Appendix B, base model. Warm-up, min_lr and head dropout of ucf101: official script;
 # of hmdb51: as ucf101, nothing is published. Other sizes in Table 10 or the scripts: small: layer
 # decay .7, ssv2 base lr 1e-3, k400 150 epochs; large: drop path .2, head dropout .5, k400 50 and
 # ssv2 30 epochs.
-UCF = dict(batch=128, min_lr=1e-5, drop_path=0.2, head_dropout=0.5, layer_decay=0.7)
+UCF = dict(augment="official", batch=128, min_lr=1e-5, drop_path=0.2, head_dropout=0.5,
+           layer_decay=0.7)  # fmt: skip
 SHORT = dict(epochs=50, batch=128, base_lr=1e-3, min_lr=1e-5, layer_decay=0.7)  # ours, not yet run
 PRESETS = {
     "toy": dict(data=TOY, shots=10, workers=0, repeats=1, operations=0, smallest=0.8, flip=False,
@@ -122,8 +121,9 @@ PRESETS = {
     "own": dict(epochs=None, warmup=None, batch=16, base_lr=4e-3),  # toy and own are ours
     "ucf101": dict(UCF, stride=4, epochs=100, base_lr=5e-4, clips=5),
     "hmdb51": dict(UCF, stride=2, epochs=50, base_lr=1e-3, clips=10),
-    "ssv2": dict(sampling="uniform", epochs=40, batch=512, base_lr=5e-4, flip=False, clips=2),
-    "k400": dict(stride=4, epochs=75, batch=512, base_lr=1e-3, clips=5),
+    "ssv2": dict(sampling="uniform", augment="official", epochs=40, batch=512, base_lr=5e-4,
+                 flip=False, clips=2),
+    "k400": dict(stride=4, augment="official", epochs=75, batch=512, base_lr=1e-3, clips=5),
     "ucf101-short": dict(SHORT, stride=4, clips=5),
     "hmdb51-short": dict(SHORT, stride=2, clips=10),
 }  # fmt: skip
@@ -183,8 +183,8 @@ def settle_clips(cfg: ClipConfig, preset: str, about: dict, source: str, trained
 def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] | None):
     """(settled flags, Classifier, names of its classes) for training, evaluation or prediction.
 
-    `classes` are those of the data, None where no data is read. Prints what was loaded. ValueError
-    where a trained head is needed, and the weights have none or one for other classes.
+    `classes`: those to train. Prints what was loaded. ValueError where a trained head is needed,
+    and the weights have none.
     """
     own, trained = folder / "checkpoint.pt", cfg.eval_only or bool(cfg.predict)
     path = cfg.init or str(own if trained else f"runs/pretrain-{preset}/checkpoint.pt")
@@ -195,11 +195,7 @@ def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] |
     names = about.get("classes", [])
     if trained and not {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} <= {*state}:
         raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
-    if trained and classes and len(classes) != len(names):
-        raise ValueError(f"{path} knows {len(names)} classes, the videos have {len(classes)}")
-    if trained and classes and sorted(classes) == sorted(names) and classes != names:
-        raise ValueError(f"{path} knows the classes in another order: {', '.join(names[:3])} ...")
-    classes = classes or names
+    classes = names if trained else classes
     config |= dict(classes=len(classes), drop_path=cfg.drop_path)
     config |= dict(head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
     torch.manual_seed(cfg.seed)
@@ -211,10 +207,12 @@ def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] |
 
 
 def read_both(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
-    """The training and the test videos of the data, as they are."""
+    """The training and the test videos as they are; to evaluate, test videos alone may be named."""
     more = (cfg.missing, cfg.classes)
-    train = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, *more)
     test_data, test_splits = cfg.test_data or cfg.data, cfg.test_splits or cfg.splits
+    if getattr(cfg, "eval_only", False) and (cfg.test_data or cfg.test_splits):
+        return (read_split(test_data, test_splits, cfg.fold, False, *more),) * 2
+    train = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, *more)
     return train, read_split(test_data, test_splits, cfg.fold, False, *more)
 
 
@@ -222,29 +220,26 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     """Labelled training and test videos with the same classes. ValueError where they do not fit."""
     train, test = read_both(cfg, preset)
     files = {path.stat()[1:3] for path in train.paths}  # inode, device: links lead to the same
-    if shared := [path for path in test.paths if path.stat()[1:3] in files]:
+    shared = [path for path in test.paths if path.stat()[1:3] in files]
+    if shared and test is not train:
         both = f"{len(shared)} videos are both training and test videos, such as"
         advice = "name the test part with --test-splits or --test-data"
         raise ValueError(f"{both} {shown(min(shared))}: {advice}")
 
+    for part, split in (("training", train), ("test", test)):
+        if -1 in split.labels:
+            line = f"no label for the {part} video {shown(split.paths[split.labels.index(-1)])}"
+            raise ValueError(f"{line}: --predict needs none")
     # Classes meet by name: a test part may lack some of them. A list has numbers: names, where one
     # of the two has them, are the other's as well.
-    if "list" not in (train.kind, test.kind):
-        test = relabel(test, train.classes, "the training videos")
     named = [split.classes for split in (train, test) if split.kind != "list"]
-    classes = max(named or [train.classes, test.classes], key=len)
-    for part, split in (("training", train), ("test", test)):
-        if min(split.labels) < 0:
-            path = split.paths[split.labels.index(-1)]
-            raise ValueError(f"no label for the {part} video {shown(path)}")
-        other = split.classes != classes and split.kind != "list"
-        if other or max(split.labels) >= len(classes):
-            names = ", ".join(sorted(set(split.classes) ^ set(classes)))
-            raise ValueError(f"the {part} videos have other classes: {names}")
+    classes = named[0] if named else train.classes
+    train = fit_classes(train, classes, "the test videos")
+    test = fit_classes(test, classes, "the training videos")
     if max(test.labels) > max(train.labels):
         most = f"training videos have none over {max(train.labels)}"
         raise ValueError(f"a test video has label {max(test.labels)}, {most}")
-    return replace(train, classes=classes), replace(test, classes=classes)
+    return train, test
 
 
 def draw_shots(split: Split, shots: int, seed: int) -> Split:
@@ -259,7 +254,35 @@ def draw_shots(split: Split, shots: int, seed: int) -> Split:
         if len(videos) < shots:
             raise ValueError(f"--shots {shots}, but class {name} has {len(videos)} training videos")
         chosen += videos
-    paths, labels = [split.paths[i] for i in chosen], [split.labels[i] for i in chosen]
+    return choose(split, chosen)
+
+
+def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """(videos to train on, `share` of each class's videos or a little more), drawn by the seed.
+
+    Clips of one film stay together: UCF101's v_Class_g08_c01.avi is of film 8. One film of each
+    class is trained on in any case.
+    """
+    films = defaultdict(list)
+    for i, (path, label) in enumerate(zip(split.paths, split.labels, strict=True)):
+        films[label, re.sub(r"(_g\d+)_[^/]*$", r"\1", str(path))].append(i)
+    generator = torch.Generator().manual_seed(engine.derive_seed("hold out", seed))
+    keys, seen, held = list(films), set(), []
+    due = {label: share * count for label, count in Counter(split.labels).items()}
+    for k in torch.randperm(len(films), generator=generator).tolist():
+        label, videos = keys[k][0], films[keys[k]]
+        if label in seen and due[label] > 1e-6:
+            due[label] -= len(videos)
+            held += videos
+        seen.add(label)
+    if not held:
+        raise ValueError("--hold-out needs a class with two training videos")
+    return choose(split, sorted({*range(len(split.paths))} - {*held})), choose(split, held)
+
+
+def choose(split: Split, videos: list[int]) -> Split:
+    """The split with some of its videos only."""
+    paths, labels = [split.paths[i] for i in videos], [split.labels[i] for i in videos]
     return replace(split, paths=paths, labels=labels)
 
 
@@ -306,46 +329,35 @@ def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
 def write_results(folder: Path, test: Split, cfg: ClipConfig, scores, view_classes, **about) -> str:
     """Leave predictions.csv, classes.png and results.json, with `about`; returns a summary.
 
-    scores (videos, classes) and view_classes (videos, K): as score_videos returns them.
+    scores (videos, classes) and view_classes (videos, K): results of score_videos.
     """
-    result, table = accuracies(scores, view_classes, test.labels), folder / "predictions.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    best = scores.topk(min(5, scores.shape[1]))
-    with open(table, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(visualize.PREDICTIONS)
-        for path, label, values, indices in zip(test.paths, test.labels, *best, strict=True):
-            top = [test.classes[i] for i in indices]
-            row = [path, test.classes[label], top[0], int(indices[0] == label), ";".join(top)]
-            writer.writerow([*row, ";".join(f"{value:.6f}" for value in values)])
-    visualize.plot_classes(table, folder / "classes.png")
+    result, rows = accuracies(scores, view_classes, test.labels), [visualize.PREDICTIONS]
+    for path, label, values in zip(test.paths, test.labels, scores, strict=True):
+        names, values = top_five(values, test.classes)
+        name = test.classes[label]
+        row = [path, name, names[0], int(name == names[0]), ";".join(names), ";".join(values)]
+        rows.append(row)
+    write_csv(folder / "predictions.csv", rows)
+    visualize.plot_classes(folder / "predictions.csv", folder / "classes.png")
+    visualize.plot_confusion(folder / "predictions.csv", folder / "confusion.png")
     # Last and whole: where it is, the other files are there, too.
     about |= result | dict(config=asdict(cfg))
     engine.write_whole(folder / "results.json", json.dumps(about, indent=1) + "\n")
     names = dict(top1="top-1", top5="top-5", class_mean="mean of classes", view="single views")
+    if scores.shape[1] <= 5:
+        del names["top5"]  # it is 100 %
     line = ", ".join(f"{words} {result[key]:.2f} %" for key, words in names.items())
     return f"{cfg.clips} x {cfg.crops} views of {len(test.paths)} test videos: {line}"
 
 
 def evaluate(model: Classifier, test: Split, cfg: Config, folder: Path, device) -> None:
     """The paper's protocol: the mean of the softmax scores of several clips and crops."""
-    try:
-        scores = score_videos(model, test.paths, cfg, device)
-    except ValueError as error:
-        saved = "training is saved: mend the list or the file, then --eval-only"
-        raise ValueError(f"{error} ({saved})") from error
+    weights, path = cfg.init if cfg.eval_only else folder / "checkpoint.pt", folder / "scores.pt"
+    found = score_videos(model, test.paths, cfg, device, path, weights)
+    scores = stack(*found, "then --eval-only")
     if engine.rank() == 0:
         print(write_results(folder, test, cfg, *scores, views=[cfg.clips, cfg.crops]))
-
-
-def predict(model: Classifier, classes: list[str], cfg: Config, device) -> None:
-    """Print the five best classes of each video of --predict."""
-    scores, _ = score_videos(model, cfg.predict, cfg, device)
-    best = scores.topk(min(5, len(classes)))
-    for path, values, indices in zip(cfg.predict, *best, strict=True):
-        lines = [f"{p:7.1%}  {classes[i]}" for p, i in zip(values, indices, strict=True)]
-        if engine.rank() == 0:
-            print(shown(path), *lines, sep="\n  ")
+        path.unlink()
 
 
 def main(argv: list[str]) -> None:
@@ -357,15 +369,20 @@ def main(argv: list[str]) -> None:
     cfg, model, classes = make_classifier(cfg, preset, folder, train and train.classes)
     speed.place(model, device)
     if cfg.predict:
-        return predict(model, classes, cfg, device)
+        return predict(model, classes, cfg, folder / "predicted.csv", device)
     if cfg.eval_only:
-        return evaluate(model, test, cfg, folder, device)
+        return evaluate(model, fit_classes(test, classes, cfg.init), cfg, folder, device)
 
     # Several augmentations of one decoded clip (repeated augmentation).
     how = (cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
-    augment = finetune_transform(cfg.resolution, *how)
+    augment = finetune_transform(cfg.resolution, *how, cfg.augment == "official")
     rule = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
-    train = draw_shots(train, cfg.shots, cfg.seed)
+    train, watched = draw_shots(train, cfg.shots, cfg.seed), test
+    if cfg.hold_out:
+        if not cfg.validate:
+            raise ValueError("--hold-out is for --validate: add --validate 5, for example")
+        train, watched = hold_out(train, cfg.hold_out, cfg.seed)
+        Run.say(f"{len(watched.paths)} training videos are held out, for --validate")
     labelled = Videos(train, rule, augment, cfg.repeats, same_time=True)
     cfg = fit_to_set(preset, cfg, len(labelled))
 
@@ -390,8 +407,11 @@ def main(argv: list[str]) -> None:
         epoch, rest = divmod(step + 1, run.per_epoch)
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:
             began = time.time()
-            scores = score_videos(model, test.paths, replace(cfg, clips=1, crops=1), device)
-            run.log.write(step=step + 1, top1=accuracies(*scores, test.labels)["top1"])
+            one = replace(cfg, clips=1, crops=1)
+            found, unreadable = score_videos(model, watched.paths, one, device)
+            scores, labels = stack(found, unreadable), [watched.labels[i] for i in found]
+            top1 = accuracies(*scores, labels)["top1"]
+            run.log.write(step=step + 1, top1=top1, unreadable=len(unreadable))
             run.log.time += time.time() - began  # it does not count as time of training
 
     run.close()

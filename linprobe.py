@@ -3,7 +3,7 @@
     python linprobe.py                                      # toy videos, from runs/pretrain-toy
     python linprobe.py --init random                        # the same with an untrained encoder
     python linprobe.py ucf101 --data UCF-101 --splits ucfTrainTestlist --init WEIGHTS
-    python linprobe.py --init WEIGHTS --features out.npz --videos a.avi b.mp4     # features alone
+    python linprobe.py --init WEIGHTS --features out.npz --videos a.avi FOLDER    # features alone
 
 WEIGHTS is what finetune.py takes, or its checkpoint. Each video is decoded once; its features, the
 mean over the encoder's last tokens, stay in runs/NAME/features.npz. The head is trained on those in
@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import finetune
 from data import SAMPLING, TOY, Split, Videos, make_loader, pretrain_transform
 from lib import engine, speed
 from lib.engine import opt
-from lib.evaluate import read_views
+from lib.evaluate import cut, each_video, find_videos, keep, knn, name_wrong, stack, stamp
 from lib.weights import build, load_weights, read_weights
 from model import VideoMAE
 
@@ -47,7 +46,7 @@ class Config(finetune.ClipConfig):
     warmup: float = opt(10, "epochs of linear warm-up", 0)
     # features
     features: str | None = opt(None, "write the features of all videos, or of --videos, here: .npz")
-    videos: tuple[str, ...] | None = opt(None, "video files for --features")
+    videos: tuple[str, ...] | None = opt(None, "files, folders, globs or lists, for --features")
 
 
 # Table 11: SGD with momentum 0.9, no weight decay, batch 1024, 100 epochs, 10 of them warm-up, base
@@ -56,15 +55,15 @@ class Config(finetune.ClipConfig):
 PRESETS = {
     "toy": dict(data=TOY, shots=10, clips=2, crops=1, workers=0, batch=32),
     "own": {},
-    "ucf101": dict(stride=4, clips=5),
-    "hmdb51": dict(stride=2, clips=10),
-    "ssv2": dict(sampling="uniform", clips=2),
-    "k400": dict(stride=4, clips=5, flip=True),
+    "ucf101": dict(augment="official", stride=4, clips=5),
+    "hmdb51": dict(augment="official", stride=2, clips=10),
+    "ssv2": dict(augment="official", sampling="uniform", clips=2),
+    "k400": dict(augment="official", stride=4, clips=5, flip=True),
     "ucf101-short": dict(stride=4, clips=5),
     "hmdb51-short": dict(stride=2, clips=10),
 }
 # Flags that features do not depend on.
-HEAD = set("epochs batch base_lrs warmup name device workers features videos".split())
+HEAD = set("epochs batch base_lrs warmup name device workers features videos every".split())
 
 
 def make_encoder(cfg: Config, preset: str) -> tuple[Config, nn.ModuleDict]:
@@ -80,55 +79,60 @@ def make_encoder(cfg: Config, preset: str) -> tuple[Config, nn.ModuleDict]:
 
 
 @torch.no_grad()
-def encode(encoder, clips: Tensor, cfg: Config, device) -> Tensor:
-    """Views (K, T, C, H, W) -> their features (K, D), the mean over the encoder's last tokens."""
+def encode(encoder, clips: Tensor, cfg: Config, device) -> tuple[Tensor]:
+    """Views (K, T, C, H, W) -> (features (K, D),), the mean over the encoder's last tokens."""
     with engine.autocast(device, engine.precision_dtype(cfg.precision, device)):
         tokens = encoder(clips.to(device))
-    return tokens.float().mean(dim=1).cpu()
+    return (tokens.float().mean(dim=1).cpu(),)
 
 
-def test_features(encoder, paths: list, cfg: Config, device) -> Tensor:
-    """Features (videos, K, D) of the test views of videos."""
-    views = read_views(paths, cfg, device)
-    return torch.stack([encode(encoder, clips, cfg, device) for _, clips in views])
+def settings(cfg: Config) -> str:
+    """What features depend on, besides their videos."""
+    flags = {key: value for key, value in asdict(cfg).items() if key not in HEAD}
+    return json.dumps(flags) + stamp(cfg.init)
 
 
-def training_features(encoder, split: Split, cfg: Config, device) -> tuple[Tensor, Tensor]:
+def training_features(encoder, split: Split, cfg: Config, device, path: Path) -> list[Tensor]:
     """Features (videos, K, D) of random views of each training video, and labels (videos,)."""
     rule = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
     videos = Videos(split, rule, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
-    keys = [[(i, engine.derive_seed("probe", cfg.seed, i))] for i in range(len(videos))]
-    loader = make_loader(videos, keys, cfg.workers, collate=itemgetter(0))
-    features, labels, unreadable = [], [], {}
-    for clips, label, errors in tqdm(loader, "training videos", len(videos), leave=False):
-        unreadable |= errors
-        if clips is None or len(unreadable) > len(videos) / 10:
-            example = next(iter(unreadable.values()))
-            raise ValueError(f"over a tenth of the videos cannot be read, such as {example}")
-        features.append(encode(encoder, clips, cfg, device))
-        labels.append(label)
-    for error in unreadable.values():
-        print(f"left out, unreadable: {error}")
-    return torch.stack(features), torch.tensor(labels)
+
+    def results(todo: list[int]):
+        keys, unreadable = [[(i, engine.derive_seed("probe", cfg.seed, i))] for i in todo], {}
+        loader = make_loader(videos, keys, cfg.workers, collate=itemgetter(0))
+        batches = engine.progress("training videos", len(todo), loader, leave=False)
+        for index, (clips, label, errors) in zip(todo, batches, strict=True):
+            unreadable |= errors
+            if clips is None or len(unreadable) > len(videos) / 10:
+                example = next(iter(unreadable.values()))
+                raise ValueError(f"over a tenth of the videos cannot be read, such as {example}")
+            features = encode(encoder, clips, cfg=cfg, device=device)
+            yield index, (*features, torch.tensor(label))
+        for error in unreadable.values():
+            print(f"left out, unreadable: {error}")
+
+    keys = [f"{i} {stamp(file)}" for i, file in enumerate(split.paths)]
+    return stack(*keep(results, keys, path, settings(cfg)))
 
 
 def cached_features(encoder, train: Split, test: Split, cfg: Config, folder: Path, device):
     """Training features, their labels, test features; from the cache where all is as it was."""
-    weights = [] if cfg.init == "random" else [cfg.init, *Path(cfg.init).glob("*")]
-    files = [*weights, *train.paths, *test.paths]
-    stamps = [(str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    flags = {key: value for key, value in asdict(cfg).items() if key not in HEAD}
-    about = json.dumps(flags | dict(files=stamps, labels=train.labels))
+    stamps = [stamp(file) for file in (*train.paths, *test.paths)]
+    about = json.dumps([settings(cfg), stamps, train.labels])
     cache, part = folder / "features.npz", folder / "features.part.npz"
     # There may be no cache, or a broken one, in any of many ways.
     with suppress(Exception), np.load(cache, allow_pickle=False) as file:
         if str(file["about"]) == about:
             return [torch.from_numpy(file[name]) for name in ("train", "labels", "test")]
-    features, labels = training_features(encoder, train, cfg, device)
-    unseen = test_features(encoder, test.paths, cfg, device)
-    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / "test.part.pt", folder / "train.part.pt"]
+    work = partial(encode, encoder, cfg=cfg, device=device)
+    found = each_video(test.paths, work, cfg, device, parts[0], settings(cfg))
+    (unseen,) = stack(*found, "then the same command")
+    features, labels = training_features(encoder, train, cfg, device, parts[1])
     np.savez(part, about=about, train=features, labels=labels, test=unseen)
     os.replace(part, cache)
+    for part in parts:
+        part.unlink()
     return features, labels, unseen
 
 
@@ -201,12 +205,20 @@ def main(argv: list[str]) -> None:
     if cfg.features:
         # All videos of the data, each once, whatever their labels.
         parts = () if cfg.videos else finetune.read_both(cfg, preset)
-        paths = list(cfg.videos or dict.fromkeys(path for part in parts for path in part.paths))
-        found = test_features(encoder, paths, cfg, device)
-        np.savez(out, paths=[str(path) for path in paths], features=found.mean(dim=1))
-        videos, views, dim = found.shape
-        print(f"wrote {out}: {videos} videos, {dim} features each, mean of {views} views")
-        return
+        paths, wrong = find_videos(cfg.videos or (), cfg.data)
+        paths += dict.fromkeys(path for part in parts for path in part.paths)
+        videos = [window for path in paths for window in cut(path, cfg.every)]
+        work, part = partial(encode, encoder, cfg=cfg, device=device), out.with_suffix(".part.pt")
+        found, errors = each_video(videos, work, cfg, device, part, settings(cfg))
+        wrong += errors.values()
+        if not found:
+            name_wrong(wrong)
+        features, chosen = stack(found, {})[0].mean(dim=1), [videos[i] for i in found]
+        paths, starts = [str(video.path) for video in chosen], [video.start for video in chosen]
+        np.savez(out, paths=paths, starts=starts, features=features)
+        print(f"wrote {out}: {len(features)} videos, {features.shape[1]} features each")
+        name_wrong(wrong)
+        return part.unlink()
 
     train = finetune.draw_shots(train, cfg.shots, cfg.seed)
     if len(train.paths) < 10:
@@ -220,9 +232,11 @@ def main(argv: list[str]) -> None:
     sweep = choose_lr(features, labels, len(train.classes), cfg)
     best = max(sweep, key=sweep.get)
     head = train_head(features, labels, len(train.classes), best, cfg)
-    about = dict(init=cfg.init, base_lr=best, sweep=sweep)
+    near = knn(features.mean(dim=1), labels, unseen.mean(dim=1)).argmax(dim=1).cpu()
+    nearest = 100 * float((near == torch.tensor(test.labels)).float().mean())
+    about = dict(init=cfg.init, base_lr=best, sweep=sweep, knn=nearest)
     line = finetune.write_results(folder, test, cfg, *score(head, unseen), **about)
-    print(f"linear probe of {cfg.init}, {line}")
+    print(f"linear probe of {cfg.init}, {line}; 20 nearest neighbours {nearest:.2f} %")
 
 
 if __name__ == "__main__":

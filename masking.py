@@ -1,11 +1,12 @@
 """Masking: which tokens of a clip the encoder does not see (paper, section 3.3 and Table 1b).
 
-A clip is cut into a grid of t time steps, h rows and w columns. Each of these N = t*h*w cubes is
+A clip is cut into cubes, by default of 2 frames x 16 x 16 pixels. So 16 frames of 224 x 224 pixels
+become a grid of t = 8 time steps, h = 14 rows and w = 14 columns. Each of N = t*h*w = 1568 cubes is
 one token. Its index is n = (time * h + row) * w + column. A masking strategy is a function:
 
     mask = strategy(video, grid, ratio, generator)
 
-    video      (B, T, C, H, W), the clips; most strategies only use their number and device
+    video      B clips (B, T, C, H, W); a strategy of yours may look at their pixels
     grid       (t, h, w)
     ratio      share of the tokens to mask, between 0 and 1
     generator  torch.Generator on the device of the video; None: torch's global one
@@ -23,37 +24,34 @@ Generator = torch.Generator | None
 
 
 def num_masked(total: int, ratio: float) -> int:
-    """How many of `total` positions to mask: floor(ratio * total), as in the official code.
+    """How many of `total` places to mask: floor(ratio * total), as in the official code.
 
     Raises ValueError where nothing would be masked or nothing would stay visible.
     """
-    # Without the 1e-6, binary fractions would give 28 of 100 positions for the ratio 0.29.
+    # 0.29 * 100 is 28.999999999999996 in floating point. The 1e-6 makes it 29 (ours).
     count = int(ratio * total + 1e-6)
     if not 0 < count < total:
-        raise ValueError(
-            f"mask ratio {ratio} of {total} positions must mask one and leave one visible"
-        )
+        raise ValueError(f"mask ratio {ratio} must mask at least 1 of {total} places, and not all")
     return count
 
 
 def choose(video: Tensor, total: int, ratio: float, generator: Generator = None) -> Tensor:
-    """(B, total) bool: in each row, num_masked(total, ratio) random positions are True."""
+    """(B, total) bool: in each row, num_masked(total, ratio) random places are True."""
     noise = torch.rand(len(video), total, generator=generator, device=video.device)
-    # Sorting noise gives each row a random permutation of 0 ... total - 1.
-    permutation = noise.argsort(dim=1)
-    # In each permutation, exactly num_masked entries are below num_masked.
-    return permutation < num_masked(total, ratio)
+    # argsort gives a random permutation of 0 ... total - 1: count of its values are below count.
+    count = num_masked(total, ratio)
+    return noise.argsort(dim=1) < count
 
 
 def tube_mask(video: Tensor, grid: Grid, ratio: float, generator: Generator = None) -> Tensor:
-    """Tube masking (section 3.3): mask the same positions of the image at all time steps.
+    """Tube masking (section 3.3): mask the same places of the image at all time steps.
 
-    The paper draws each position from Bernoulli(ratio). Like the official code, this masks an exact
-    number of positions.
+    The paper draws each place from Bernoulli(ratio). This masks an exact number (official code).
     """
     t, h, w = grid
-    # Neighbouring frames are nearly alike. A cube that is hidden at one time step only could be
-    # copied from the next one. Behind a tube there is nothing to copy.
+    # Neighbouring frames are nearly alike. If a cube were masked at one time step only, the decoder
+    # could copy it from the same place one step later. A tube masks that place at all time steps.
+    # Tokens of one time step are neighbours in n, so repeating the mask gives all steps the same.
     return choose(video, h * w, ratio, generator).repeat(1, t)
 
 
@@ -69,7 +67,7 @@ def frame_mask(video: Tensor, grid: Grid, ratio: float, generator: Generator = N
     The paper masks 14 of 16 frames: that is 7 of 8 time steps, ratio 0.875.
     """
     t, h, w = grid
-    # One time step is h*w tokens in a row.
+    # A time step is h*w tokens in a row.
     return choose(video, t, ratio, generator).repeat_interleave(h * w, dim=1)
 
 

@@ -1,16 +1,16 @@
 """VideoMAE (Tong et al., NeurIPS 2022): a masked autoencoder for video.
 
-    video -> cubes -> visible cubes -> encoder -> latents, mask tokens -> decoder -> masked cubes
+    video -> cubes -> visible cubes -> encoder -> latents + mask tokens -> decoder -> masked cubes
 
-Read from top to bottom: transformer, cubes, position embeddings, Encoder, Decoder, VideoMAE
-(pre-training), Classifier (fine-tuning). Letters in shapes, here and in every other file:
+After pre-training the decoder is thrown away and the encoder is fine-tuned, see Classifier. Letters
+in shapes, here and in every other file, with the numbers of a base model and 90 % masking:
 
-    B  clips in the batch      T  frames     C  channels, 3     H, W  height and width in pixels
-    N  tokens of a clip, one per cube, N = t*h*w for a grid of t time steps, h rows, w columns
-    V  visible tokens          M  masked tokens                 V + M = N
-    D  width of a token, in the decoder d     P  values of a cube, frames * rows * columns * 3
+    B  clips in the batch     T  frames, 16     C  colours, 3     H, W  height and width, 224 pixels
+    N  tokens, one per cube: 8 * 14 * 14 = 1568    V  visible tokens, 160    M  masked tokens, 1408
+    D  width of a token, 768; in the decoder d, 384    P  values of a cube, 2 * 16 * 16 * 3 = 1536
 
-A video is (B, T, C, H, W): uint8 in 0-255 or float in 0-1. Parameters have their official names.
+A video is (B, T, C, H, W): uint8 in 0-255 or float in 0-1. Parameters are named as in the official
+code (github.com/MCG-NJU/VideoMAE), but for the cube embedding.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 # Width, blocks and attention heads of encoder and decoder: paper, Table 8 and section 4.2. Toy and
-# tiny are ours. Decoders of large and huge: 12 blocks in the official scripts, 4 in the paper.
+# tiny are ours. Large and huge decode with 12 blocks, as the official scripts; the paper says 4.
 SIZES = {
     "toy": dict(dim=128, depth=4, heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=3),
     "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=96, decoder_depth=4, decoder_heads=3),
@@ -32,7 +32,7 @@ SIZES = {
     "huge": dict(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_depth=12, decoder_heads=8),
 }
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}  # Table 1f
-# Of red, green and blue, in 0-1.
+# Mean and std of red, green and blue, for pixels in 0-1.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,20 +42,21 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        # The keys have no bias. It would add the same number to all logits of a query, and softmax
-        # would cancel it.
+        # The keys need no bias: it would add the same number to all logits of a query.
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """(B, N, D) -> (B, N, D), for any number of tokens and any width."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, N, 3D)
-        q, k, v = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
-        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
+        q, k, v = rearrange(
+            qkv, "b n (three heads e) -> three b heads n e", three=3, heads=self.heads
+        )
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(e)) v
+        return self.proj(rearrange(x, "b heads n e -> b n (heads e)"))
 
 
 class MLP(nn.Module):
@@ -72,7 +73,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `drop_path` is the rate at which a clip skips each branch."""
+    """Pre-norm transformer block. In pre-training, `drop_path` is 0."""
 
     def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -80,7 +81,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
-        # DropPath, in training: a clip skips the branch, or its output is divided by 1 - rate.
+        # DropPath: in training, a clip skips the attention or the MLP with this probability.
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,20 +112,23 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def normalize_cubes(cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero mean and unit variance per cube and channel (section 3.3 and the official code).
+    """Zero mean and unit variance per cube (section 3.3), and per colour (official code).
 
     Cubes (B, N, P) float -> normalised cubes (B, N, P), mean and std (B, N, 1, C).
     """
-    pixels = rearrange(cubes, "b n (p c) -> b n p c", c=3)  # statistics are those of each colour
+    # Brightness and contrast of a cube are easy to guess from its neighbours, and would be most of
+    # the loss. Without them, what counts is the structure within the cube.
+    pixels = rearrange(cubes, "b n (pixels c) -> b n pixels c", c=3)  # colour is the fastest index
     mean = pixels.mean(dim=2, keepdim=True)
-    # The 1e-6 keeps a cube of one colour from dividing by 0. It is outside of the square root.
-    std = pixels.std(dim=2, keepdim=True) + 1e-6
-    return rearrange((pixels - mean) / std, "b n p c -> b n (p c)"), mean, std
+    std = (
+        pixels.std(dim=2, keepdim=True) + 1e-6
+    )  # so that a cube of one colour does not divide by 0
+    return rearrange((pixels - mean) / std, "b n pixels c -> b n (pixels c)"), mean, std
 
 
 def sincos(position: Tensor, dim: int, temperature: float) -> Tensor:
-    """Sine (even columns) and cosine (odd) of position / temperature^(2j/dim): (N,) -> (N, dim)."""
-    # In float64: angles go up to N, too many for the digits of float32.
+    """(N,) -> (N, dim): columns 2j, 2j+1 are sine, cosine of position / temperature^(2j/dim)."""
+    # In float64, as in the official code: in float32, angles near 1500 are off by 1e-4.
     frequency = temperature ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = position.double()[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
@@ -134,21 +138,22 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     """Fixed position embeddings of all tokens, (N, D) float32. Two kinds:
 
     "1d", the official code: sine and cosine of the token index n.
-    "3d", ours: a third of the columns each for time, row and column. Narrow models learn sooner.
+    "3d", ours: a third of the D values each for time, row and column. Narrow models learn sooner.
     """
     t, h, w = grid
     n = torch.arange(t * h * w)  # the tokens in their order
     if kind == "1d":
         return sincos(n, dim, 10000).float()
-    # The index n hides which tokens are neighbours: the one below is w further. Three axes show it.
+    # A token and the one below it differ by w in n, so "1d" codes them as if they were far apart.
+    # With an axis each for time, row and column, all neighbours get similar codes.
     time, row, column = n // (h * w), n // w % h, n % w
-    third = dim // 6 * 2  # an even number of columns; those left over stay 0
-    table = [sincos(axis, third, 100) for axis in (time, row, column)]
+    third = dim // 6 * 2  # an even number of values; those left over stay 0
+    table = [sincos(axis, third, 100) for axis in (time, row, column)]  # axes are short: not 10000
     return F.pad(torch.cat(table, dim=1), (0, dim - 3 * third)).float()
 
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """Take the tokens at `index` (B, K) from all tokens (B, N, D): (B, K, D)."""
+    """From all tokens (B, N, D), those at `index`, such as (B, V): (B, V, D)."""
     clip = torch.arange(len(index), device=index.device)[:, None]
     return tokens[clip, index]
 
@@ -158,16 +163,16 @@ def split_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     ValueError unless all clips mask the same number of tokens, at least one and not all.
     """
-    # The CPU must know V and M, so on a GPU it waits here. It waits nowhere else in a step.
+    # V and M must be numbers on the CPU, so it waits for the GPU here, and nowhere else in a step.
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(f"all clips must mask the same number of tokens, not {counts}")
     order = mask.byte().argsort(dim=1, stable=True)  # False before True: visible tokens come first
-    return order[:, : -counts[0]], order[:, -counts[0] :]
+    return order.split([mask.shape[1] - counts[0], counts[0]], dim=1)
 
 
 class Encoder(nn.Module):
-    """A ViT that sees visible cubes only (section 3.1). For the arguments see VideoMAE."""
+    """A ViT that sees visible cubes only (section 3.1). For sizes see SIZES and VideoMAE."""
 
     def __init__(
         self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True
@@ -178,19 +183,19 @@ class Encoder(nn.Module):
             raise ValueError(f"{sides}: change --frames, --resolution or --cube")
         self.video_size, self.cube = tuple(video_size), tuple(cube)
         self.grid = tuple(side // edge for side, edge in zip(video_size, cube, strict=True))
-        pixels = cube[0] * cube[1] * cube[2]  # of a cube, each with three colours
-        # The paper embeds cubes by a Conv3d whose kernel and stride are one cube. A Linear on the
-        # values of a cube computes the same, and it can embed the visible cubes alone.
-        self.patch_embed = nn.Linear(pixels * 3, dim)
+        cube_pixels = cube[0] * cube[1] * cube[2]
+        # The paper's Conv3d, whose kernel and stride are a cube, as a Linear on its values: it can
+        # embed the visible cubes alone. PyTorch's initialisation stays (official code).
+        self.patch_embed = nn.Linear(cube_pixels * 3, dim)
         self.register_buffer("pos_embed", position_table(self.grid, dim, positions))
         # The rate of drop path grows linearly with depth, from 0.
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.blocks.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
-        # The encoder takes pixels as usual for images. The target (below) does not.
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).repeat(pixels), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).repeat(pixels), persistent=False)
+        # Input pixels are normalised by ImageNet's statistics. The target is made from them in 0-1.
+        for name, colours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(colours).repeat(cube_pixels), persistent=False)
 
     def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
         """Video (B, T, C, H, W) and indices of visible tokens (B, V) -> latents (B, V, D).
@@ -198,12 +203,12 @@ class Encoder(nn.Module):
         Without `visible`, all tokens are seen: (B, N, D). ValueError for clips of another size.
         """
         if (video.shape[1], *video.shape[3:]) != self.video_size:
-            raise ValueError(f"clips must be {self.video_size} (T, H, W), not {tuple(video.shape)}")
+            raise ValueError(f"clips of (T, H, W) {self.video_size} expected: {tuple(video.shape)}")
         cubes, pos_embed = patchify(video, self.cube), self.pos_embed  # (B, N, P), (N, D)
         if visible is not None:
-            # Masked cubes end here. The encoder never spends anything on them.
+            # Masked cubes are dropped here: the encoder spends no time on them.
             cubes, pos_embed = gather(cubes, visible), pos_embed[visible]  # (B, V, P), (B, V, D)
-        # Pixels become floats only here: a clip of bytes is four times smaller on its way.
+        # Clips are uint8 until here: a quarter of the memory and of the copy to the GPU.
         x = self.patch_embed((to_float(cubes) - self.mean) / self.std) + pos_embed
         for block in self.blocks:
             x = block(x)
@@ -221,14 +226,14 @@ class Decoder(nn.Module):
         self.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
 
     def forward(self, x: Tensor, last: int) -> Tensor:
-        """(B, N, D) -> (B, last, values): predictions for the last tokens."""
+        """(B, N, d) -> (B, last, values): predictions for the last tokens."""
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[:, -last:]))
 
 
 class VideoMAE(nn.Module):
-    """The masked autoencoder (sections 3.1 and 3.3): `loss, pred = model(video, mask)`.
+    """The masked autoencoder (sections 3.1, 3.3): `loss, pred = model(video, mask)`.
 
     size           a name of SIZES
     video_size     (T, H, W) of a clip in frames and pixels
@@ -236,42 +241,45 @@ class VideoMAE(nn.Module):
     positions      kind of position_table
     decoder_depth  blocks of the decoder (Table 1a); None: as in SIZES
     normalize      predict cubes at zero mean and unit variance (the paper); False: pixels in 0-1
-    loss           a name of LOSSES
-
-    Other targets and other decoders are subclasses, see lib/variants.py.
+    loss           a name of LOSSES; other targets and decoders are subclasses, see lib/variants.py
     """
 
-    frames_per_clip = 1  # frames loaded per frame that the encoder sees
+    frame_factor = 1  # clips are loaded with frame_factor * T frames
 
     def __init__(
         self, size="base", video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
         decoder_depth=None, normalize=True, loss="mse",
     ):  # fmt: skip
         super().__init__()
-        self.config = dict(
+        self.config = dict(  # goes into the checkpoint
             size=size, video_size=list(video_size), cube=list(cube), positions=positions,
             decoder_depth=decoder_depth, normalize=normalize, loss=loss,
         )  # fmt: skip
         s = SIZES[size]
-        dim, depth = s["decoder_dim"], decoder_depth or s["decoder_depth"]  # d, narrower than D
+        dim, depth = (
+            s["decoder_dim"],
+            decoder_depth or s["decoder_depth"],
+        )  # the decoder's, dim is d
         self.normalize, self.loss = normalize, LOSSES[loss]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         self.encoder_to_decoder = nn.Linear(s["dim"], dim, bias=False)
-        # One learned vector stands for every masked cube. Only its position embedding differs.
+        # All masked cubes get the same learned vector. Only position embeddings tell them apart.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        nn.init.trunc_normal_(
+            self.mask_token, std=0.02, a=-0.02, b=0.02
+        )  # cut at one std (official)
         self.register_buffer("decoder_pos_embed", position_table(self.encoder.grid, dim, positions))
         self.decoder = Decoder(dim, depth, s["decoder_heads"], self.target_values())
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W), mask (B, N), True = masked -> loss and predictions (B, M, P).
 
-        The loss is the mean over masked tokens alone. Predictions are in ascending token order.
+        The loss is the mean over masked tokens alone: visible ones need no prediction.
         """
         visible, masked = split_tokens(mask)  # (B, V), (B, M)
         latent = self.encoder(video, visible)  # (B, V, D)
         pred = self.decode(latent, visible, masked)  # (B, M, P)
-        return self.loss(pred.float(), self.target(video, masked)), pred
+        return self.loss(pred.float(), self.target(video, masked)), pred  # the loss is float32
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Latents (B, V, D) of the visible tokens -> predictions (B, M, P) for the masked ones."""
@@ -293,10 +301,7 @@ class VideoMAE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (Table 10).
-
-    `init_scale` is a factor on the head's first weight: training starts with small logits.
-    """
+    """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (Table 10)."""
 
     def __init__(
         self, size, classes, video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
@@ -317,7 +322,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(s["dim"], classes)
         for part in (self.encoder.blocks, self.head):
             part.apply(partial(init_linear, init_weight=partial(nn.init.trunc_normal_, std=0.02)))
-        self.head.weight.data.mul_(init_scale)
+        self.head.weight.data.mul_(init_scale)  # so that training starts with small logits
 
     def forward(self, video: Tensor) -> Tensor:
         """(B, T, C, H, W) -> logits (B, classes)."""

@@ -1,13 +1,13 @@
 """Pre-train VideoMAE: mask most of a clip, predict the masked pixels (paper, sections 3.3 and 4.1).
 
-    python pretrain.py                                       # toy videos, minutes on one CPU core
+    python pretrain.py                          # preset toy: toy videos, minutes on one CPU core
     python pretrain.py ucf101 --data UCF-101 --splits ucfTrainTestlist --micro 32        # one GPU
     torchrun --nproc_per_node 8 pretrain.py hmdb51 --data hmdb51 --splits testTrainMulti_7030_splits
-    python pretrain.py --data FOLDER                         # your own videos
+    python pretrain.py --data FOLDER            # preset own: your own videos
 
-Leaves runs/NAME/{checkpoint.pt, log.jsonl, loss.png, reconstruction.png}. With --resume, it goes on
-exactly where it ended. Expect a loss that begins above "predict nothing" (1 for normalised cubes),
-stays near it for a while, then falls, ever more slowly.
+Leaves checkpoint.pt, log.jsonl, loss.png, reconstruction.png in runs/NAME. With --resume, the same
+command goes on. The log begins with the loss of the best constant prediction (normalised cubes: 1).
+Expect a loss that begins above it, stays near it for a while, then falls, ever more slowly.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import visualize
 from data import TOY, Videos, make_loader, pretrain_transform, sample_clip
 from lib import engine, prepare, speed
 from lib.engine import opt
-from lib.run import Run, fit_to_set, loss_of_nothing
+from lib.run import Run, RunConfig, fit_to_set, loss_of_constant
 from lib.variants import MODELS, choose_model
 from lib.weights import init_model
 from masking import MASKS
@@ -28,7 +28,7 @@ from model import LOSSES, SIZES
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     # data
     data: str | None = opt(None, "folder of the videos")
     splits: str | None = opt(
@@ -39,11 +39,12 @@ class Config:
     frames: int = opt(16, "frames of a clip", 1)
     stride: int = opt(4, "frames of the video from one frame of a clip to the next", 1)
     resolution: int = opt(224, "height and width of a clip, pixels", 1)
-    flip: bool = opt(False, "mirror half of the clips; not where left and right are classes")
-    repeats: int = opt(1, "clips cut from each decoded video; the learning rate stays", 1)
-    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
+    flip: bool = opt(False, "mirror half of the clips; not where left and right tell classes apart")
+    repeats: int = opt(
+        1, "clips cut from each video; --batch and the learning rate count videos", 1
+    )
     # model
-    init: str | None = opt(None, "weights to go on from: ours, official, Hugging Face, of images")
+    init: str | None = opt(None, "weights to start from: ours, official, Hugging Face, of images")
     model: Literal[tuple(MODELS)] = opt("videomae", "the paper's, or a variant of lib/variants.py")
     size: Literal[tuple(SIZES)] = opt("base", "width and depth of encoder and decoder")
     cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a cube")
@@ -57,30 +58,21 @@ class Config:
     ratio: float = opt(0.9, "share of the tokens that is masked")
     # optimisation
     epochs: int | None = opt(800, "passes over the videos; None: by --steps", 1)
-    steps: int = opt(5000, "steps of the recipe own, unless --epochs is given", 1)
+    steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs and gradient accumulation passes", 1)
     micro: int | None = opt(None, "videos per GPU and forward pass; None: no accumulation", 1)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
-    min_lr: float = opt(1e-5, "last learning rate, scaled like base_lr")
-    warmup: float | None = opt(40, "epochs of linear warm-up", 0)
+    min_lr: float = opt(1e-5, "final learning rate, scaled like base_lr")
+    warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases, norms and the mask token")
     beta2: float = opt(0.95, "AdamW's second beta; the first is 0.9")
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products")
-    seed: int = opt(0, "of everything random: weights, order, crops, masks", 0)
-    # run
-    name: str | None = opt(None, "results go to runs/NAME; None: pretrain-PRESET")
-    resume: bool = opt(False, "continue runs/NAME")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
-    compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
-    memory: Literal["fast", "less", "least"] = opt("fast", "activations kept, see lib/speed.py")
-    log_every: int = opt(10, "steps per line of log.jsonl", 1)
-    save_minutes: float = opt(10, "minutes from one checkpoint to the next")
 
 
-# Epochs, batch, learning rate, stride, ratio: Table 9, section 4.2, Appendix B. Warm-up, min_lr and
-# betas of ucf101: official script; of hmdb51: as ucf101, nothing is published. k400 flips as the
-# paper says; the official code does not. "toy", "own" and the short ones are ours.
+# Epochs, batch, learning rate, stride, ratio: Table 9, section 4.2, Appendix B. What a preset does
+# not say is the default above: warm-up, min_lr and betas are from ucf101's official script. k400
+# flips as in the paper, not as in the official code. Toy, own and the short ones are ours.
+SHORT = dict(size="small", ratio=0.9, repeats=2, batch=192, base_lr=3e-4)  # 90 %: faster steps
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=48, workers=0, size="toy", cube=(2, 8, 8),
                 positions="3d", normalize=False, ratio=0.75, epochs=30, batch=8, base_lr=2.4e-2,
@@ -90,8 +82,8 @@ PRESETS = {
     "hmdb51": dict(stride=2, ratio=0.75, epochs=4800, batch=192, base_lr=3e-4),
     "ssv2": dict(stride=2, ratio=0.9, epochs=800, batch=1024, base_lr=1.5e-4),
     "k400": dict(stride=4, ratio=0.9, epochs=800, batch=1024, base_lr=1.5e-4, flip=True),
-    "ucf101-short": dict(size="small", stride=4, repeats=2, epochs=400, batch=192, base_lr=3e-4),
-    "hmdb51-short": dict(size="small", stride=2, repeats=2, epochs=600, batch=192, base_lr=3e-4),
+    "ucf101-short": dict(SHORT, stride=4, epochs=400),
+    "hmdb51-short": dict(SHORT, stride=2, epochs=600),
 }  # fmt: skip
 
 
@@ -102,42 +94,46 @@ def main(argv: list[str]) -> None:
 
     # Data: clips stay uint8 until they are on the device.
     split = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
-    more = Model.frames_per_clip  # 1, but for one variant
-    sample = partial(sample_clip, frames=more * cfg.frames, stride=cfg.stride // more)
+    factor = Model.frame_factor
+    sample = partial(sample_clip, frames=factor * cfg.frames, stride=cfg.stride // factor)
     videos = Videos(split, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
-    cfg = fit_to_set(preset, cfg, len(videos))
+    cfg = fit_to_set(preset, cfg, len(videos))  # own: batch, epochs and warm-up
 
     # The model.
     torch.manual_seed(cfg.seed)
     video_size = (cfg.frames, cfg.resolution, cfg.resolution)
-    target = (cfg.decoder_depth, cfg.normalize, cfg.loss)
-    model = Model(cfg.size, video_size, cfg.cube, cfg.positions, *target)
+    how = dict(decoder_depth=cfg.decoder_depth, normalize=cfg.normalize, loss=cfg.loss)
+    model = Model(cfg.size, video_size, cfg.cube, cfg.positions, **how)
     if cfg.init:
         print(init_model(model, cfg.init))
     model = speed.place(model, device)
 
-    # AdamW. Weight decay is for matrices: not for biases, norms and the mask token.
-    vectors = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
-    matrices = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors)]
+    # AdamW. No weight decay on vectors (biases, norms) and the mask token.
+    plain = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
+    decayed = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]
+    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=plain)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, cfg.beta2), fused=True)
     # The learning rate grows with the batch (section 4.2).
-    peak_lr, last_lr = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
+    peak_lr, final_lr = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
 
-    # The loop. Run resumes, logs and saves.
+    # The loop. Run (lib/run.py) resumes, spreads the batch over passes and processes, logs, saves.
     run = Run("pretrain", cfg.name or f"pretrain-{preset}", cfg, model, optimizer, videos, device)
     batches = make_loader(videos, run.order, cfg.workers, pin=device.type == "cuda")
     for step in run.steps():
-        for clips, _ in run.passes(batches):
-            # One seed per pass: masks are the same for any number of GPUs, and after --resume.
+        for clips, _ in run.passes(batches):  # clips (B, T, C, H, W) uint8: gradient accumulation
+            # Seeded by seed, step and pass: masks are the same after --resume, and on any number of
+            # GPUs with the same --micro. Globally, because --model cell draws, too.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():
                 loss, _ = run.net(clips, mask)
             run.backward(loss)
         if step == 0:
-            run.log.write(predict_nothing=loss_of_nothing(model, clips))
-        if run.update(engine.cosine_lr(step, run.total, run.warmup, peak_lr, last_lr)):
+            run.log.write(constant_loss=loss_of_constant(model, clips))
+        # Linear warm-up from 0 to the peak, then half a cosine down to the final rate.
+        lr = engine.cosine_lr(step, run.total, run.warmup, peak_lr, final_lr)
+        saved = run.update(lr)  # the optimizer's step; now and then a log line and a checkpoint
+        if saved:
             visualize.plot_log(run.folder)
 
     run.close()

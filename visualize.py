@@ -14,9 +14,11 @@ and shows how an empty prediction and an untrained model look with that help.
 import csv
 import gc
 import io
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +48,7 @@ class Config:
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "oracle: draw both kinds of statistics")
     stride: int | None = opt(None, "frames from one to the next; None: as in pre-training", 1)
-    out: str | None = opt(None, "PNG to write; None: beside the checkpoint or A.csv")
+    out: str | None = opt(None, "PNG to write; None: a new one beside the checkpoint or A.csv")
     gif: str | None = opt(None, "also write an animation to this GIF")
     seed: int = opt(0, "seed of the masks", 0)
     compare: tuple[str, ...] | None = opt(None, "A.csv B.csv: compare two models class by class")
@@ -199,8 +201,8 @@ def plot_log(folder: Path) -> None:
         axis.plot(list(points), list(points.values()))
         axis.set_ylabel(key)
     for line in lines:
-        if "predict_nothing" in line:
-            axes[0].axhline(line["predict_nothing"], linestyle=":", label="predict nothing")
+        if "constant_loss" in line:
+            axes[0].axhline(line["constant_loss"], linestyle=":", label="best constant")
             axes[0].legend()
     axes[0].set_yscale("log")
     axes[-1].set_xlabel("step")
@@ -258,6 +260,33 @@ def plot_classes(table: str | Path, out: str | Path) -> None:
     draw_bars(bars, summary(rows), "top-1, %", out)
 
 
+def plot_confusion(table: str | Path, out: str | Path) -> None:
+    """Draw how the videos of each class in a predictions.csv are spread over predicted classes.
+
+    Each row is a true class and sums to 1. Up to 20 classes, cells hold their numbers in %.
+    """
+    rows = read_predictions(table)
+    names = sorted({row[key] for row in rows for key in ("label", "prediction")})
+    counts = torch.zeros(len(names), len(names))
+    for row in rows:
+        counts[names.index(row["label"]), names.index(row["prediction"])] += 1
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    texts = [shown(name) for name in names]
+    side = 3 + 0.13 * len(names) + 0.045 * max(map(len, texts))  # inches, as in draw_bars
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), texts, fontsize=6, rotation=90, parse_math=False)
+    axis.set_yticks(range(len(names)), texts, fontsize=6, parse_math=False)
+    for y, x in shares.nonzero().tolist() if len(names) <= 20 else []:
+        colour = "white" if shares[y, x] > 0.5 else "black"
+        axis.text(x, y, f"{100 * shares[y, x]:.0f}", size=5, ha="center", va="center", color=colour)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_title(summary(rows), fontsize=8)
+    figure.colorbar(image, label="share of the true class", shrink=0.5, fraction=0.04)
+    figure.savefig(out, dpi=150)
+
+
 def summary(rows: list[dict]) -> str:
     """Of the rows of read_predictions: "top-1 50.00 % of 12 videos"."""
     top1 = 100 * sum(row["correct"] for row in rows) / len(rows)
@@ -299,9 +328,10 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
         if "name" not in about:  # weights of other projects
             raise ValueError(f"{cfg.checkpoint} knows no videos: name some with --videos")
         flags = engine.load_checkpoint(cfg.checkpoint, "pretrain")["config"]["flags"]
-        split = read_split(flags["data"], flags["splits"], flags["fold"], train=False)
+        where = (flags["data"], flags["splits"], flags["fold"])
+        split = read_split(*where, train=False, missing=flags["missing"])
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
-    clips, more = [], model.frames_per_clip
+    clips, more = [], model.frame_factor
     for path in paths:
         try:
             clips.append(load_clip(path, more * frames, size, stride // more))
@@ -316,11 +346,15 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     return clips
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], overwrite: bool = True) -> None:
+    """Draw what the flags ask for. `overwrite`: the figure of an earlier call, without --out."""
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
     beside = Path(cfg.compare[0] if cfg.compare else cfg.checkpoint)
     name = "comparison.png" if cfg.compare else "reconstruction.png"
     out = Path(cfg.out or beside.with_name(name))
+    if out.exists() and not (cfg.out or overwrite):
+        others = (out.with_stem(f"{out.stem}-{number}") for number in itertools.count(2))
+        out = next(other for other in others if not other.exists())
     for path, suffix in ((out, ".png"), (Path(cfg.gif or "x.gif"), ".gif")):
         if path.suffix != suffix or not path.parent.is_dir():
             raise ValueError(f"{path} must be a {suffix} file in a folder that exists")
@@ -336,4 +370,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    engine.cli(main)
+    engine.cli(partial(main, overwrite=False))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Sampler
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------ flags
 
@@ -78,8 +79,7 @@ def _argument(kind) -> dict:
 
 def cli(main) -> None:
     """Run a script's main. A ValueError or OSError of our own files ends it with one line."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    print_any_name()
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -88,6 +88,10 @@ def cli(main) -> None:
         if not raised_in.is_relative_to(project) or "site-packages" in raised_in.parts:
             raise
         message = str(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch says so wherever the program is then
+            raise
+        message = f"{' '.join(str(error).split())}: fewer --workers, then continue with --resume"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -95,18 +99,34 @@ def cli(main) -> None:
     sys.exit(2)
 
 
+def print_any_name() -> None:
+    """Print file names that are no text with escapes; a notebook's output does so by itself."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def progress(words: str, total: int, iterable=None, **more) -> tqdm:
+    """The progress bar of process 0; `more` is for tqdm. In a file it is a line per minute."""
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:  # nohup, Slurm
+        line = "{desc}{n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
+        more |= dict(bar_format=line, mininterval=60, maxinterval=60, leave=True)
+    return tqdm(iterable, f"{words}: ", total, disable=rank() > 0, **more)
+
+
 # -------------------------------------------------------------------------- devices and processes
 
 
 def setup(device: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Joins torchrun's processes: nccl or gloo."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no GPU: use --device cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
+    """The device for "auto" (cuda or cpu), "cpu", "cuda", "mps". Joins torchrun's processes."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not there.get(device, True):
+        raise ValueError(f"--device {device}, but torch sees no such GPU: use --device cpu")
+    cuda = device in ("auto", "cuda") and there["cuda"]
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
     if not cuda:
-        return torch.device("cpu")
+        return torch.device("mps" if device == "mps" else "cpu")
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(place)
     return place
@@ -131,9 +151,11 @@ def in_first_process(work, *args) -> None:
 
 
 def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Type of matrix products. "auto": bf16 if in hardware, else fp16 (GPU) or fp32 (CPU)."""
+    """Type of matrix products. "auto": bf16 if in hardware, else fp16 (CUDA) or fp32 (others)."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif precision == "auto" and device.type == "mps":
+        precision = "fp32"
     elif precision == "auto":
         known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
         precision = "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from data import TOY, fitting_stride
 from lib import engine
@@ -46,6 +45,7 @@ def training_videos(
 # ------------------------------------------------------------------------------ check a data set
 
 STRIDES = {"ucf101": 4, "hmdb51": 2, "own": 4}  # of the recipes, in frames
+BATCH = 192  # of the recipes ucf101 and hmdb51, in videos
 CLASSES = {"ucf101": 101, "hmdb51": 51}
 PATTERNS = {"ucf101": "classInd.txt", "hmdb51": "*_test_split?.txt"}  # files of the official lists
 SOURCES = {
@@ -166,9 +166,17 @@ def _probe(path: Path, alive) -> Probe | str:
     return found
 
 
-def _next(dataset: str, **flags) -> None:
-    """Print the command that comes next."""
-    words = [dataset] if dataset in LISTS else []
+def _next(dataset: str, train: Split, broken: dict[Path, str], **flags) -> None:
+    """Print what comes next: mend files, then a command that works on these videos.
+
+    Training ends where over a tenth is broken. Few videos of a recipe's data get the recipe own.
+    """
+    if broken:
+        advice = "unpack or download the broken files again"
+        print(f"next: {advice}; training leaves them out, up to a tenth of its videos")
+    if len(broken.keys() & set(train.paths)) > len(train.paths) / 10:
+        return
+    words = [dataset] if dataset in LISTS and len(train.paths) >= BATCH else []
     for name, value in flags.items():
         words += [f"--{name}", str(value)] if value else []
     print("next:", shlex.join(["python", "pretrain.py", *words]))
@@ -198,7 +206,7 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
 
     begin = time.monotonic()
     found = in_processes(_probe, paths, workers)
-    found = dict(tqdm(found, "decoding", len(paths), unit="video"))
+    found = dict(engine.progress("decoding", len(paths), found, unit="video"))
     seconds, problems = time.monotonic() - begin, {}
     for path in paths:
         problem = found[path] if isinstance(found[path], str) else found[path].problem
@@ -210,9 +218,7 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
     good = [found[path] for path in paths if path not in problems]
     if good:
         _describe(good, STRIDES[dataset])
-    if problems:
-        print("next: unpack or download the broken files again; training leaves them out")
-    _next(dataset, data=data, splits=splits, fold=fold if fold > 1 else None)
+    _next(dataset, train, problems, data=data, splits=splits, fold=fold if fold > 1 else None)
     return int(bool(problems))
 
 
@@ -339,7 +345,8 @@ def prepare(
     ends = {name[-6:] for name in names if not hidden(name)}
     folds = [fold for fold in (2, 3) if {f"0{fold}.txt", f"t{fold}.txt"} & ends]
     parts = [(fold, train) for fold in (1, *folds) for train in (True, False)]
-    paths = _present(dataset, data, *(listed(data, splits, *part) for part in parts))
+    parts = [listed(data, splits, *part) for part in parts]
+    paths = _present(dataset, data, *parts)
     lines = list_lines(splits).values() if splits and splits.is_file() else ()
     names = [os.path.relpath(path, data) for path in paths]
     outside = [line for line in lines if os.path.isabs(line)]
@@ -357,17 +364,18 @@ def prepare(
     (out / "prepared.tmp").mkdir(parents=True)
     mark.write_text(settings)
     jobs = _jobs(paths, data, out, short_side)
-    begin, before, after, quality, problems = time.monotonic(), 0, 0, [], []
+    begin, before, after, quality, problems = time.monotonic(), 0, 0, [], {}
     print(f"{len(paths)} videos, {len(paths) - len(jobs)} of them are prepared already", flush=True)
     results = in_processes(_rewrite, jobs, workers)
     try:
-        for (path, part, target, _), result in tqdm(results, "rewriting", len(jobs), unit="video"):
+        bar = engine.progress("rewriting", len(jobs), results, unit="video")
+        for (path, part, target, _), result in bar:
             if isinstance(result, float):
                 quality.append(result)
                 before += path.stat().st_size / 1e6
                 after += target.stat().st_size / 1e6
                 continue
-            problems.append(f"not rewritten, copied as it is: {shown(path)}: {result}")
+            problems[path] = f"not rewritten, copied as it is: {shown(path)}: {result}"
             target.unlink(missing_ok=True)  # of an earlier source
             with contextlib.suppress(OSError):  # lists stay valid; training leaves it out
                 shutil.copyfile(path, part)
@@ -380,7 +388,7 @@ def prepare(
         splits.mkdir(parents=True, exist_ok=True)
         for file in lists:  # these alone: videos may lie beside them
             shutil.copy(file, splits)
-    for problem in problems:
+    for problem in problems.values():
         print(problem)
     seconds = time.monotonic() - begin
     print(f"{len(quality)} videos rewritten in {seconds:.0f} s, {len(problems)} only copied")
@@ -389,7 +397,7 @@ def prepare(
             f"PSNR {min(quality):.1f} dB or more, median {sorted(quality)[len(quality) // 2]:.1f}"
         )
         print(f"{before:.1f} MB became {after:.1f} MB, {psnr}")
-    _next(dataset, data=out, splits=splits)
+    _next(dataset, parts[0], problems, data=out, splits=splits)
     return int(bool(problems))
 
 
@@ -422,14 +430,13 @@ def main(argv: list[str]) -> None:
     new.add_argument("--out", required=True, help="folder to write, with the names of --data")
     new.add_argument("--short-side", type=int, help="pixels to shrink to (default: sizes stay)")
     args = vars(parser.parse_args(argv))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    engine.print_any_name()
     command = args.pop("command")
     try:
         if command == "toy":
             args["out"] = args["out"] or (STILL if args["still"] else TOY)
             make_toy(**args)
-        else:
-            sys.exit({"check": check, "prepare": prepare}[command](**args))
+        elif code := {"check": check, "prepare": prepare}[command](**args):
+            sys.exit(code)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")

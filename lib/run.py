@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,20 +20,39 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib import engine, speed
+from lib.engine import opt
 
 # What may differ on --resume, because it does not change the training.
 MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
 eval_only predict name resume device compile memory log_every save_minutes""".split()
 
 
+@dataclass
+class RunConfig:
+    """Flags of a training that are not about the method."""
+
+    name: str | None = opt(None, "results go to runs/NAME; None: STAGE-PRESET")
+    resume: bool = opt(False, "continue runs/NAME")
+    seed: int = opt(0, "of everything random: weights, order, crops, masks, dropout", 0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute; mps is untested")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products")
+    compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
+    memory: Literal["fast", "less", "least"] = opt("fast", "activations kept, see lib/speed.py")
+    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
+    log_every: int = opt(10, "steps per line of log.jsonl", 1)
+    save_minutes: float = opt(10, "minutes from one checkpoint to the next")
+
+
 def fit_to_set(preset: str, cfg, videos: int):
     """Recipe "own": a batch no larger than the set; what no flag gives is set for `steps` steps."""
     if preset != "own":
         return cfg
-    batch = min(cfg.batch, videos)
+    micro = cfg.micro and min(cfg.micro, max(videos // engine.processes(), 1))
+    share = (micro or 1) * engine.processes()  # a step is a multiple of it
+    batch = max(min(cfg.batch, videos) // share, 1) * share
     epochs = cfg.epochs or math.ceil(cfg.steps / (videos // batch))
     warmup = epochs / 10 if cfg.warmup is None else cfg.warmup
-    return replace(cfg, batch=batch, epochs=epochs, warmup=warmup)
+    return replace(cfg, batch=batch, micro=micro, epochs=epochs, warmup=warmup)
 
 
 class Run:
@@ -66,6 +86,7 @@ class Run:
         self.log = Log(self.folder, self.start, self.total, self.config)
         self.losses, self.unreadable, self.signals, self.stop = [], {}, [], False
         self.pass_number, self.saved = 0, time.time()
+        self.begin, self.estimated = time.time(), device.type == "cuda"
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         begin = f"going on after step {self.start}" if self.start else "starting at step 0"
         self.say(
@@ -160,6 +181,19 @@ class Run:
         if self.pass_number == 0:
             self.losses.append(0.0)
         self.losses[-1] = self.losses[-1] + loss.detach()
+        if not self.estimated and time.time() - self.begin > 20:
+            self._estimate()
+
+    def _estimate(self) -> None:
+        """Say what a step takes without a GPU, where the whole run would take over an hour."""
+        self.estimated = True
+        passes = (self.step - self.start) * self.accumulation + self.pass_number + 1
+        seconds = (time.time() - self.begin) / passes * self.accumulation
+        hours = seconds * (self.total - self.start) / 3600
+        if hours > 1 and engine.rank() == 0:
+            here = f"a step takes {seconds:.1f} s on this {speed.machine(self.device)}"
+            whole = f"this run about {hours:,.0f} hours: most recipes are made for GPUs"
+            tqdm.write(f"{here}, {whole}", file=sys.stderr)
 
     def update(self, lr: float) -> bool:
         """The optimizer's step; a log line and a checkpoint if it is time. True after a checkpoint.
@@ -229,7 +263,7 @@ class Run:
 
 
 @torch.no_grad()
-def loss_of_nothing(model, video: Tensor) -> float:
+def loss_of_constant(model, video: Tensor) -> float:
     """The loss of predicting the mean of all targets everywhere: training has to beat it."""
     n = torch.arange(len(model.encoder.pos_embed), device=video.device)
     target = model.target(video, n.expand(len(video), -1))
@@ -243,7 +277,7 @@ class Log:
         self.path, self.last, self.time = folder / "log.jsonl", start, time.time()
         self.waited = 0.0  # seconds without data since the last line
         self.seconds, self.without = 0.0, 0.0  # the same of all lines: all, and without data
-        self.bar = tqdm(initial=start, total=total, unit="step", disable=engine.rank() > 0)
+        self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
@@ -264,8 +298,9 @@ class Log:
         seconds = max(time.time() - self.time, 1e-9)
         speeds = dict(clips_per_s=clips / seconds, waiting_for_data=self.waited / seconds)
         self.write(step=done, **values, **speeds)
+        recent = dict(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
+        self.bar.set_postfix(recent, refresh=False)
         self.bar.update(done - self.last)
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
         self.seconds, self.without = self.seconds + seconds, self.without + self.waited
         self.last, self.time, self.waited = done, time.time(), 0.0
 

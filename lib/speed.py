@@ -71,6 +71,8 @@ def machine(device: torch.device) -> str:
     """The device in words, for the line that a stage prints at its start."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     threads = torch.get_num_threads()
     return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
 

@@ -60,7 +60,7 @@ class TwiceTheFrames(VideoMAE):
     Clips come with 2T frames at half the stride. The encoder sees every second frame.
     """
 
-    frames_per_clip = 2  # frames loaded per frame that the encoder sees
+    frame_factor = 2  # frames loaded per frame that the encoder sees
 
     def target_values(self) -> int:
         """A cube that is twice as long."""
@@ -162,7 +162,7 @@ def choose_model(name: str, mask: str, stride: int) -> type[VideoMAE]:
     """The class of --model. ValueError where --mask or --stride do not suit it."""
     if name in ("center", "cell") and mask != "tube":
         raise ValueError(f"--model {name} needs --mask tube")
-    if stride % MODELS[name].frames_per_clip:
+    if stride % MODELS[name].frame_factor:
         raise ValueError(f"--model {name} needs an even --stride")
     return MODELS[name]
 

@@ -42,6 +42,7 @@ def write(path, codec="libx264", frames=60, pix_fmt="yuv420p", size=(64, 96), **
         options = {key: str(value) for key, value in options.items()}
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
+        stream.codec_context.thread_count = 1  # the same file on every machine
         if turned:
             stream.set_display_rotation(turned)
         for i in range(frames):

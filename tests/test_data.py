@@ -11,7 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from films import decoded, write
+from PIL import Image
 from torchvision import tv_tensors
 
 import data
@@ -276,17 +278,62 @@ def test_multi_scale_crop_draws_the_published_boxes():
     assert widths(210) == {238, 210, 178, 157} and widths(211) == {238, 208, 178, 157}
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "torchvision", "official"])
 def test_all_frames_of_a_clip_are_augmented_alike(stage):
     still = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8).expand(8, 3, 48, 64)
     transform = pretrain_transform(32, flip=True)
-    if stage == "finetune":
-        transform = finetune_transform(32, True, 2, 9, 0.08, erase=0)
+    if stage != "pretrain":
+        transform = finetune_transform(32, True, 2, 9, 0.08, 0, official=stage == "official")
     torch.manual_seed(0)
     clips = [transform(tv_tensors.Video(still)) for _ in range(10)]
     assert all(clip.shape == (8, 3, 32, 32) and clip.dtype == torch.uint8 for clip in clips)
     assert all((clip == clip[:1]).all() for clip in clips)
     assert not torch.equal(clips[0], clips[1])
+
+
+OFFICIAL = """AutoContrast Equalize Invert Rotate Posterize Solarize SolarizeAdd Color Contrast
+Brightness Sharpness ShearX ShearY TranslateX TranslateY""".split()
+
+
+def test_official_operations_and_their_magnitudes():
+    one, drawn = data.OfficialRandAugment(7), []
+    video = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    video = tv_tensors.Video(video)
+    assert {*one._AUGMENTATION_SPACE} == {*OFFICIAL}
+
+    def apply(name, magnitude):
+        magnitudes = one._AUGMENTATION_SPACE[name][0](1001, 16, 16)[round(100 * magnitude)]
+        how = dict(interpolation=one.interpolation, fill=one._fill)
+        return one._apply_image_or_video_transform(video, name, float(magnitudes), **how)
+
+    for magnitude, bits in ((2.4, 4), (7, 2), (7.4, 2), (7.6, 1)):
+        assert len(apply("Posterize", magnitude).unique()) == 2**bits
+    expected = [x + 77 if x < 128 else x for x in range(256)]
+    assert apply("SolarizeAdd", 7)[1, 2].flatten().tolist() == expected
+    picture = Image.fromarray(video[0].permute(1, 2, 0).numpy())
+    turned = picture.rotate(21, Image.Resampling.BICUBIC, fillcolor=(128,) * 3)
+    assert np.array_equal(apply("Rotate", 7)[1].permute(1, 2, 0), turned)
+
+    torch.manual_seed(0)
+    for _ in range(500):
+        one(video)
+        drawn.append(one.magnitude / 100)
+    assert np.mean(drawn) == pytest.approx(7, abs=0.1) and np.std(drawn) == pytest.approx(0.5, 0.1)
+    one.mean = 9.9
+    assert all(one(video) is not None and one.magnitude <= 1000 for _ in range(50))
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_the_official_code_shrinks_without_antialiasing(official):
+    """Crops of fine-tuning and test views: bilinear, from the four pixels around each place."""
+    video = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    plain = F.interpolate(video.float(), 24, mode="bilinear")
+    whole = finetune_transform(24, False, 0, 7, smallest=1, erase=0, official=official)
+    for found in (
+        whole(tv_tensors.Video(video)), spatial_views(video, 24, 1, antialias=not official)[0]
+    ):  # fmt: skip
+        most = (found.as_subclass(torch.Tensor) - plain).abs().max()
+        assert most <= 1 if official else most > 30
 
 
 def test_erasing_puts_noise_of_its_own_into_one_box_of_every_frame():
@@ -413,6 +460,8 @@ def test_batches_come_in_order_and_cost_no_random_numbers():
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_worker_that_dies_or_hangs_is_one_clear_line(monkeypatch, how):
     monkeypatch.setattr(data, "TIMEOUT", 1)
+    # How long torch waits for a worker that is asked to end.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     what = dict(fatal=13) if how == "dies" else dict(stuck=13)
     batches, got, begin = numbers(2, **what), [], time.monotonic()
     with pytest.raises(ValueError, match="worker died or hangs.*check.*with --resume$") as caught:

@@ -209,12 +209,14 @@ def flags_of(script):
 
 
 SCRIPTS = ["pretrain.py", "finetune.py", "linprobe.py", "visualize.py", "data.py"]
-SCRIPTS += ["experiments/run.py", "tests/benchmark.py", "tests/gpu.py"]
+SCRIPTS += ["experiments/run.py", "lib/export.py", "tests/benchmark.py", "tests/gpu.py"]
+MODULES = {"-m experiments.run": "experiments/run.py", "-m lib.weights": "lib/export.py"}
 
 
 def names_of(line):
     """The scripts that a line names, and where the first name ends."""
-    line = line.replace("-m experiments.run", "experiments/run.py")
+    for module, script in MODULES.items():
+        line = line.replace(module, script)
     found = [script for script in SCRIPTS if re.search(rf"(?<![\w/]){re.escape(script)}", line)]
     ends = [line.index(script) for script in found]
     return found, line, min(ends, default=0)
@@ -226,8 +228,8 @@ def test_flags():
     every = set.union(*flags.values())
     for page, text in TEXT.items():
         for line in text.replace("\\\n", " ").splitlines():
-            if "#SBATCH" in line or "pip install" in line:
-                continue
+            if any(word in line for word in ("#SBATCH", "pip install", "hf download")):
+                continue  # flags of others
             scripts, line, begin = names_of(line)
             allowed = set.union(*(flags[script] for script in scripts)) if scripts else every
             used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line[begin:] if scripts else line))
@@ -251,6 +253,41 @@ def test_values():
         for stage, preset in re.findall(r"(pretrain|finetune|linprobe)\.py ([a-z][\w-]*)", text):
             if preset not in ("and", "names", "to"):
                 assert preset in importlib.import_module(stage).PRESETS, preset
+
+
+def rows_of(stage):
+    """The rows of the recipes in docs/training.md: (preset, {column: cell})."""
+    text = TEXT[ROOT / "docs/training.md"].split(f"## {stage} recipes\n")[1]
+    head, _, *rows = re.search(r"(?:\|.*\n)+", text)[0].splitlines()
+    head, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows))
+    for cells in rows:
+        for preset in cells[0].partition(" (ours)")[0].split(", "):
+            yield preset, dict(zip(head, cells, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_recipes(stage):
+    """The tables have all presets, and their numbers."""
+    module, seen = importlib.import_module(stage), []
+    for preset, row in rows_of(dict(pretrain="Pre-training", finetune="Fine-tuning")[stage]):
+        cfg = module.Config(**module.PRESETS[preset])
+        seen.append(preset)
+        length = f"{cfg.steps:,} steps" if cfg.epochs is None else str(cfg.epochs)
+        assert row["epochs"] == length, preset
+        assert int(row["batch"].split(",")[0]) == cfg.batch, preset
+        assert float(row["base lr"]) == cfg.base_lr, preset
+        assert row["mirror"] == ("yes" if cfg.flip else "no"), preset
+        if stage == "pretrain":
+            assert row["mask"] == f"{cfg.mask} {cfg.ratio:.0%}".replace("%", " %"), preset
+            assert int(row["stride"]) == cfg.stride, preset
+            assert row["model"].startswith(cfg.size), preset
+            assert row["model"].endswith(f"{cfg.frames}x{cfg.resolution}x{cfg.resolution}"), preset
+            assert ("2 clips" in row["batch"]) == (cfg.repeats == 2), preset
+        else:
+            assert f"{cfg.clips}x{cfg.crops}" in row["test views"].split(", "), preset
+            for name in ("layer decay", "drop path", "head dropout"):
+                assert float(row[name]) == getattr(cfg, name.replace(" ", "_")), preset
+    assert sorted(seen) == sorted(module.PRESETS)
 
 
 def test_files():

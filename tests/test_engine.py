@@ -1,5 +1,6 @@
 """Plumbing: flags, schedule, order, checkpoints, the log, signals, losses that are not finite."""
 
+import io
 import json
 import os
 import pickle
@@ -306,7 +307,56 @@ def test_a_new_run_forgets_an_old_log(tmp_path):
     assert "step" not in (tmp_path / "log.jsonl").read_text()
 
 
-def test_devices_and_precision():
+def test_without_a_gpu_a_long_run_says_once_what_it_takes(tmp_path, monkeypatch, capsys):
+    """Here as if three hours had gone when the third pass ends, the first of the second step."""
+    monkeypatch.chdir(tmp_path)
+
+    def slow(step):
+        run.begin -= 10800 * (step == 1)
+
+    run = begin(epochs=4)
+    finish(run, slow)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "a step takes" in line]
+    assert len(lines) == 1 and "a step takes 7200.0 s on this CPU" in lines[0]
+    assert "this run about 24 hours" in lines[0]
+    os.rename("runs/x", "runs/y")
+    run = begin()
+    run.begin -= 30  # a short run says nothing
+    finish(run)
+    assert run.estimated and "a step takes" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_in_a_file_the_bar_is_a_line_per_minute(monkeypatch, terminal):
+    """Nohup's and Slurm's files get whole lines: the first, one per minute, the last."""
+    file, now = io.StringIO(), [0.0]
+    file.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", file)
+    bar = engine.progress("training", 600, unit="step", leave=False)
+    bar._time = lambda: bar.start_t + now[0]
+    for _ in range(600):
+        now[0] += 0.5
+        bar.set_postfix(loss="0.5", refresh=False)
+        bar.update()
+    bar.close()
+    refreshed = file.getvalue().split("\r")
+    if terminal:
+        assert len(refreshed) > 300 and "training:  50%|" in file.getvalue()
+        return
+    lines = [line.strip() for line in file.getvalue().splitlines() if line.strip()]
+    assert 5 <= len(lines) <= 8 and all(line.startswith("training: ") for line in lines)
+    assert lines[-1] == "training: 600 of 600, 05:00 gone, 00:00 left, loss=0.5"
+
+
+def test_a_notebook_runs_a_script(monkeypatch):
+    """Its output has no reconfigure, and %run shows a SystemExit as an error."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", io.StringIO())
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "toy"])
+    assert engine.cli(lambda argv: argv) == ["toy"]
+
+
+def test_devices_and_precision(monkeypatch):
     cpu = torch.device("cpu")
     assert engine.precision_dtype("bf16", cpu) == torch.bfloat16
     assert engine.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
@@ -314,3 +364,21 @@ def test_devices_and_precision():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cpu"):
             engine.setup("cuda")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps, but .* use --device cpu"):
+        engine.setup("mps")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)  # untested beyond this
+    mps = engine.setup("mps")
+    assert mps.type == "mps" and engine.precision_dtype("auto", mps) == torch.float32
+
+
+def test_a_loader_worker_that_dies_in_a_step_is_one_line(monkeypatch, capsys):
+    def main(argv):
+        raise RuntimeError("DataLoader worker (pid 7) is killed\nby signal: Killed.")
+
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    with pytest.raises(SystemExit) as stop:
+        engine.cli(main)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "killed by signal: Killed.: fewer --workers" in said

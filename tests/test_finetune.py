@@ -7,7 +7,9 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,9 @@ def test_video_score_is_the_mean_of_the_views_softmax(toy):
     paths = read_split(toy, train=False).paths[:5]
     cfg = Config(**finetune.TOY_CLIPS, sampling="dense", clips=3, crops=2, precision="fp32")
     model = Counting()
-    scores, classes = finetune.score_videos(model, paths, cfg, torch.device("cpu"))
+    found, errors = evaluate.score_videos(model, paths, cfg, torch.device("cpu"))
+    assert not errors
+    scores, classes = evaluate.stack(found, errors)
     assert scores.shape == (5, 3) and classes.shape == (5, 6) and model.seen == 30
     views = Views(paths, dense_views, 8, 2, 3, 48, 2)
     each = [Counting()(views[i][1]).softmax(dim=1).mean(dim=0) for i in range(5)]
@@ -228,35 +232,173 @@ def test_eval_only_repeats_the_evaluation_and_leaves_the_log_alone(here, capsys)
 def test_evaluation_takes_the_clips_of_the_training(here, monkeypatch):
     more = ["--name", "other/clips", "--resolution", "32", "--stride", "1"]
     finetune.main(["toy", "--data", here, *SMALL, *more])
-    seen = []
+    seen, Readable = [], evaluate.Readable
 
     def views(*sizes):
         seen.append(sizes[2:])
-        return Views(*sizes)
+        return Readable(*sizes)
 
-    monkeypatch.setattr(evaluate, "Views", views)
+    monkeypatch.setattr(evaluate, "Readable", views)
     again = ["--name", "other/clips"]
     finetune.main([*again, "--data", here, "--eval-only", "--clips", "1", "--crops", "1"])
     video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
     finetune.main([*again, "--predict", video, "--stride", "2", "--resolution", "48"])
-    assert [(frames, stride, size) for frames, stride, _, size, _ in seen] == [(8, 1, 32)] * 2
+    assert [(frames, stride, size) for frames, stride, _, size, *_ in seen] == [(8, 1, 32)] * 2
 
 
-def test_an_unreadable_test_video_stops_the_evaluation_and_says_how_to_go_on(here, tmp_path):
-    (tmp_path / "broken.avi").write_bytes(b"no video")
-    (tmp_path / "list.txt").write_text(f"{tmp_path}/broken.avi 0\n")
-    flags = ["--eval-only", "--test-splits", str(tmp_path / "list.txt")]
-    with pytest.raises(ValueError, match=r"^[^\n]*broken.avi[^\n]*--eval-only\)$"):
-        finetune.main(["toy", "--data", here, *flags])
+def test_unreadable_test_videos_are_all_named_and_the_others_are_scored_once(
+    here, tmp_path, monkeypatch
+):
+    flags = ["toy", "--data", here, "--name", "mended", "--test-splits", str(tmp_path / "list.txt")]
+    test = read_split(here, train=False)
+    videos = [shutil.copy(path, tmp_path) for path in test.paths[:5]]
+    lines = [f"{path} {label}\n" for path, label in zip(videos, test.labels, strict=False)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    whole = [open(path, "rb").read() for path in videos]
+    for path in videos[1:4:2]:
+        open(path, "wb").write(b"no video")
+    scored, score = [], evaluate.Readable.__getitem__
+    monkeypatch.setattr(
+        evaluate.Readable, "__getitem__", lambda *i: scored.append(i[1]) or score(*i)
+    )
+    words = r"^2 videos cannot be read: [^\n]*then --eval-only\)$"
+    with pytest.raises(ValueError, match=words) as caught:
+        finetune.main([*flags, *SMALL])  # the training of finetune-toy
+    assert all(path in str(caught.value) for path in videos[1:4:2])
+    assert sorted(scored) == [*range(5)]
+    assert not os.path.exists("runs/mended/results.json")
+    flags += "--eval-only --clips 1 --precision fp32".split()
+    open(videos[1], "wb").write(whole[1])
+    with pytest.raises(ValueError, match="^1 videos cannot be read: "):
+        finetune.main(flags)
+    assert scored[5:] == [1, 3]
+    os.utime("runs/mended/checkpoint.pt")  # other weights
+    with pytest.raises(ValueError, match="^1 videos cannot be read: "):
+        finetune.main(flags)
+    assert scored[7:] == [*range(5)]
+    open(videos[3], "wb").write(whole[3])
+    for more, expected in (([], [3]), (["--crops", "1"], [*range(5)]), ([], [*range(5)])):
+        del scored[:]
+        finetune.main([*flags, *more])
+        assert scored == expected and not os.path.exists("runs/mended/scores.pt")
+    rows = {Path(row["path"]).name: row["top5"] for row in predictions("finetune-toy")}
+    assert [row["top5"] for row in predictions("mended")] == [rows[Path(p).name] for p in videos]
 
 
-def test_predict_names_five_classes(here, capsys):
-    video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
-    finetune.main(["--predict", video, video])
+def test_results_are_kept_for_the_same_video_and_the_same_weights_only(tmp_path, capsys):
+    def run(keys, about, stop=9):
+        asked = []
+
+        def work(todo):
+            for i in todo:
+                asked.append(i)
+                if i == stop:
+                    raise KeyboardInterrupt
+                yield i, (torch.tensor(float(i)), torch.tensor([i]))
+
+        found, errors = evaluate.keep(work, keys, tmp_path / "kept.pt", about)
+        assert errors == {} and {i: int(x) for i, (x, _) in found.items()} == {0: 0, 1: 1, 2: 2}
+        return asked
+
+    with pytest.raises(SystemExit) as caught:
+        run(["a 1", "b 1", "c 1"], "weights", stop=1)
     out = capsys.readouterr().out
-    names = read_split(here).classes
-    assert out.count(video) == 2
-    assert sum(line.split("  ")[-1] in names for line in out.splitlines() if "%" in line) == 10
+    assert caught.value.code == 130 and out.count("\n") == 1 and "kept.pt keeps 1 videos" in out
+    assert run(["a 1", "b 1", "c 1"], "weights") == [1, 2]
+    assert run(["a 1", "b 2", "c 1"], "weights") == [1]
+    assert run(["a 1", "b 2", "c 1"], "others") == [0, 1, 2]
+    (tmp_path / "kept.pt").write_bytes(b"broken")
+    assert run(["a 1", "b 2", "c 1"], "others") == [0, 1, 2]
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"12")
+    before = [evaluate.stamp(file), evaluate.stamp(tmp_path)]
+    os.utime(file, (1, 1))
+    assert before != [evaluate.stamp(file), evaluate.stamp(tmp_path)]
+
+
+# ------------------------------------------------------------------------------------- prediction
+
+
+def predicted(name="finetune-toy"):
+    return list(csv.DictReader(open(f"runs/{name}/predicted.csv", newline="")))
+
+
+def test_predict_takes_files_folders_globs_and_lists_and_goes_on_past_what_is_broken(
+    here, tmp_path, capsys
+):
+    test = read_split(here, train=False)
+    for name in (
+        "f/deep/a.avi",
+        "f/._a.avi",
+        "f/x.jpg",
+        "g1.avi",
+        "g2.avi",
+        "h/l[1].avi",
+        "film",
+        "h/l1.avi",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(test.paths[0], tmp_path / name)
+    (tmp_path / "broken.avi").write_bytes(b"no video")
+    (tmp_path / "no list.txt").write_text("a.avi 0 1 2\n")
+    (tmp_path / "empty").mkdir()
+    names = [os.path.relpath(path, here) for path in test.paths[:2]]
+    (tmp_path / "testlist.txt").write_text("".join(f"{name}\n" for name in names))  # no labels
+    (tmp_path / "h" / "labelled.csv").write_text("path,label\nl[1].avi,77\nmissing.avi,1\n")
+    given = "f g*.avi h/l[1].avi film broken.avi nowhere.avi empty".split()
+    given += ["no list.txt", "testlist.txt", "h/labelled.csv", "*.nothing"]
+    given = [str(tmp_path / name) for name in given]
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(["toy", "--clips", "1", "--data", here, "--predict", *given])
+    assert caught.value.code == 1
+    videos = "f/deep/a.avi g1.avi g2.avi h/l[1].avi film".split()
+    videos = [*(str(tmp_path / name) for name in videos), *map(str, test.paths[:2])]
+    rows = predicted()
+    assert [row["path"] for row in rows] == [*videos, str(tmp_path / "h/l[1].avi")]
+    out, err = capsys.readouterr()
+    assert "passed over" in out and "wrote runs/finetune-toy/predicted.csv: 8" in out
+    for name in ("broken", "nowhere", "empty", "no list", "missing", "*.nothing"):
+        assert f"{tmp_path}/{name}" in err.replace("/h/", "/"), name
+    assert "6 cannot be read" in err
+    first = {row["path"]: row for row in predictions("finetune-toy")}[str(test.paths[0])]
+    for row in rows:
+        if row["path"] != videos[-1]:
+            assert row["probabilities"] == first["probabilities"] and row["top5"] == first["top5"]
+        assert row["prediction"] == row["top5"].split(";")[0]
+        assert row["probability"] == row["probabilities"].split(";")[0]
+        assert {*row["top5"].split(";")} < {*test.classes}
+    assert sum(line.split("  ")[-1] in test.classes for line in out.splitlines()) == 8 * 5
+
+
+def test_a_film_is_predicted_window_by_window_from_its_own_frames(here, tmp_path):
+    """Each window is as a film of its own; frames are lossless, 25 per second."""
+    frames = torch.randint(0, 256, (45, 32, 32, 3), dtype=torch.uint8).numpy()
+
+    def write(name, images):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("ffv1", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for image in images:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        return str(tmp_path / name)
+
+    film = write("film.avi", frames)
+    parts = [write(f"{k}.avi", frames[20 * k : 20 * k + 20]) for k in range(3)]
+    flags = ["--predict", film, "--every"]
+    finetune.main([*flags, "0.8"])
+    rows = predicted()
+    assert [row["start"] for row in rows] == ["0", "0.8", "1.6"]
+    finetune.main(["--predict", *parts])
+    expected = predicted()
+    assert "start" not in expected[0]
+    assert [row["probabilities"] for row in rows] == [row["probabilities"] for row in expected]
+    assert len({row["probabilities"] for row in rows}) == 3
+    windows = evaluate.cut(film, 0.1)
+    assert [window.first for window in windows[:4]] == [0, 2, 5, 7] and len(windows) == 18
+    assert sum(window.frames for window in windows) == 45
+    assert evaluate.cut(film, 1e-9)[-1][2:] == (44, 1)
+    assert evaluate.cut(tmp_path / "gone.avi", 1) == [(tmp_path / "gone.avi", 0, 0, 0)]
 
 
 def test_resumed_finetuning_is_the_uninterrupted_one(here, monkeypatch):
@@ -342,6 +484,7 @@ def test_from_scratch_with_validation(here):
         ("--epochs 2 --warmup 2", "--warmup 2"),
         ("--resolution 60", "60"),
         ("--size tiny", "leave it out"),
+        ("--hold-out 0.5 --validate 0", "--validate"),
         ("--test-splits same.txt --splits same.txt", "1 videos are both .*--test-splits"),
     ],
 )
@@ -354,27 +497,67 @@ def test_mistakes_are_told_in_one_line(here, flags, message):
     assert "\n" not in str(caught.value)
 
 
-def test_evaluation_refuses_other_classes_and_half_a_classifier(here, tmp_path):
+def test_classes_of_weights_and_videos_meet_by_name(here, tmp_path, capsys):
     state = torch.load("runs/finetune-toy/checkpoint.pt", weights_only=True)
-    path = tmp_path / "other.pt"
-    flags = ["toy", "--data", here, "--eval-only", "--init", str(path), "--name", "other"]
+    path, test, names = tmp_path / "other.pt", read_split(here, train=False), tmp_path / "names"
+    flags = ["toy", "--eval-only", "--init", str(path), "--name", "other", "--clips", "1"]
+    few = tmp_path / "few"  # of three of the classes, in a folder of their own
+    for video in test.paths[3:6]:
+        (few / video.parent.name).mkdir(parents=True)
+        shutil.copy(video, few / video.parent.name)
 
-    def refused(words):
+    def results(*data):
         torch.save(state, path)
-        with pytest.raises(ValueError, match=words):
-            finetune.main(flags)
+        finetune.main([*flags, *data])
+        return {row["path"].split("/")[-1]: row for row in predictions("other")}
 
+    whole = results("--data", here)
+    part = results("--data", str(few), "--test-data", str(few))  # the test part may be all there is
+    assert "these videos are of 3 of 12 classes" in capsys.readouterr().out and len(part) == 3
+    assert all(row["label"] == whole[name]["label"] for name, row in part.items())
+    assert all(row["top5"] == whole[name]["top5"] for name, row in part.items())
+    state["config"]["classes"].reverse()  # now other outputs have these names
+    again = results("--data", here)
+    assert all(row["label"] == whole[name]["label"] for name, row in again.items())
+    assert any(row["prediction"] != whole[name]["prediction"] for name, row in again.items())
     state["config"]["classes"].reverse()
-    refused("another order")
-    state["config"]["classes"].reverse()
-    norm = state["model"].pop("fc_norm.weight")
-    refused("no trained head with its norm")
-    state["model"]["fc_norm.weight"] = norm
-    for part in ("head.weight", "head.bias"):
-        state["model"][part] = state["model"][part][:7]
-    state["config"]["model"]["classes"] = 7
-    del state["config"]["classes"][7:]
-    refused("7 classes, the videos have 12")
+    # Numbers are taken as the names of the others, in their order, and a line says so.
+    (tmp_path / "list.txt").write_text(f"{test.paths[5]} {test.labels[5]}\n")
+    (row,) = results("--data", here, "--test-splits", str(tmp_path / "list.txt")).values()
+    assert row["label"] == test.classes[test.labels[5]]
+    assert "numbers are taken as names" in capsys.readouterr().out
+    state["config"]["classes"] = [f"class {i}" for i in range(12)]
+    assert {name: row["top5"] for name, row in results("--data", here).items()} == {
+        name: row["top5"] for name, row in whole.items()
+    }
+    names.write_text("".join(f"{name}\n" for name in test.classes))
+    finetune.main(["--init", str(path), "--predict", str(test.paths[5]), "--classes", str(names)])
+    assert {*predicted()[0]["top5"].split(";")} < {*test.classes}
+    capsys.readouterr()
+
+    def refused(words, *data):
+        with pytest.raises(ValueError, match=words) as caught:
+            results(*data)
+        assert "\n" not in str(caught.value)
+
+    refused("12 classes, these videos have 3", "--data", str(few), "--test-data", str(few))
+    state["config"]["classes"] = ["one of another data set", *test.classes[1:]]
+    refused("no class is called Slide0", "--data", here)
+    (tmp_path / "list.txt").write_text(f"{test.paths[5]} 12\n")
+    refused(
+        "12 classes, these videos .* 13", "--data", here, "--test-splits", f"{tmp_path}/list.txt"
+    )
+    state["model"].pop("fc_norm.weight")
+    refused("no trained head with its norm", "--data", here)
+
+
+def test_of_five_classes_no_top_5_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "plot_classes", lambda *paths: None)
+    for count, said in ((5, False), (6, True)):
+        test = Split(["a.avi", "b.avi"], [0, 1], [*"abcdef"[:count]])
+        scores = torch.rand(2, count).softmax(dim=1)
+        line = finetune.write_results(tmp_path, test, Config(), scores, torch.ones(2, 3).long())
+        assert ("top-5" in line) == said and "top-1" in line
 
 
 def test_overlap_and_labels_are_checked(tmp_path):
@@ -394,8 +577,12 @@ def test_overlap_and_labels_are_checked(tmp_path):
             parts("a.avi 0\nb.avi 1\n", f"{same} 1\nc.avi 0\n")
     with pytest.raises(ValueError, match="no label for the test video .*c.avi"):
         parts("a.avi 0\nb.avi 1\n", "c.avi\n")
-    with pytest.raises(ValueError, match="label 3, training videos have none over 1"):
+    with pytest.raises(ValueError, match="the training videos: .* 2 classes, these videos have 4"):
         parts("a.avi 0\nb.avi 1\n", "c.avi 3\n")
+    train, test = parts("a.avi x\nb.avi y\nd.avi z\n", "c.avi z\n")  # x and y have no test videos
+    assert test.labels == [2] and test.classes == train.classes == ["x", "y", "z"]
+    with pytest.raises(ValueError, match="the training videos: no class is called w"):
+        parts("a.avi x\nb.avi y\n", "c.avi w\n")
     with pytest.raises(ValueError, match="--data is missing"):
         finetune.read_parts(Config(), "k400")
 
@@ -408,6 +595,45 @@ def test_shots_are_balanced_and_drawn_by_the_seed():
     labels = dict(zip(split.paths, split.labels, strict=True))
     assert [labels[path] for path in first.paths] == first.labels
     assert finetune.draw_shots(split, 0, 0) is split
+
+
+def test_held_out_videos_are_a_share_of_each_class_and_films_stay_together():
+    names = [f"d/v_{c}_g{g:02}_c{k:02}.avi" for c in "AB" for g in range(10) for k in range(5)]
+    split = Split([*map(Path, names), Path("only.avi")], [i // 50 for i in range(101)], [*"abc"])
+    train, held = finetune.hold_out(split, 0.1, 0)
+    assert Counter(held.labels) == {0: 5, 1: 5} and train.labels.count(2) == 1
+    assert sorted(train.paths + held.paths) == sorted(split.paths)
+    assert len({path.name[:-8] for path in held.paths}) == 2  # one whole film of each class
+    assert finetune.hold_out(split, 0.1, 0) == (train, held) != finetune.hold_out(split, 0.1, 1)
+    assert Counter(finetune.hold_out(split, 0.9, 0)[0].labels) == {0: 5, 1: 5, 2: 1}
+    same = Split([Path(f"{i}/clip.avi") for i in range(20)], [0] * 20, ["a"])
+    assert len(finetune.hold_out(same, 0.25, 0)[1].paths) == 5
+    with pytest.raises(ValueError, match="two training videos"):
+        finetune.hold_out(Split([Path("a"), Path("b")], [0, 1], ["a", "b"]), 0.5, 0)
+
+
+def test_with_held_out_videos_test_videos_are_looked_at_once(here, monkeypatch):
+    seen, score = [], evaluate.score_videos
+
+    def score_videos(model, videos, *args):
+        seen.append({str(path) for path in videos})
+        return score(model, videos, *args)
+
+    monkeypatch.setattr(finetune, "score_videos", score_videos)
+    flags = "--init none --name held --validate 1 --epochs 3 --warmup 1 --resolution 16".split()
+    flags += "--shots 2 --hold-out 0.5".split()
+    finetune.main(["toy", "--data", here, *SMALL, *flags])
+    test, lines = (
+        read_split(here, train=False),
+        [json.loads(x) for x in open("runs/held/log.jsonl")],
+    )
+    train, held = finetune.hold_out(finetune.draw_shots(read_split(here), 2, 0), 0.5, 0)
+    assert seen == [{*map(str, held.paths)}] * 2 + [{*map(str, test.paths)}]
+    assert lines[0]["config"]["videos"] == len(train.paths) == len(held.paths) == 12
+    curve = [line for line in lines if "top1" in line]
+    assert [line["step"] for line in curve] == [2, 4] and curve[0]["unreadable"] == 0
+    with pytest.raises(ValueError, match="hold_out"):
+        finetune.main(["toy", "--data", here, *SMALL, *flags, "--resume", "--hold-out", "0.4"])
 
 
 def test_strange_names_are_kept_and_nothing_is_written_outside_of_the_run(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -127,13 +128,67 @@ def test_test_labels_change_no_choice_and_no_score(here, tmp_path):
     assert [r["label"] for r in rows[0]] != [r["label"] for r in rows[1]]
 
 
-def test_features_of_any_videos(here):
+def test_an_interrupted_extraction_goes_on_where_it_was(here, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in test and training videos, a broken test video: no view is computed twice."""
+    test, encode, clips = read_split(here, train=False), linprobe.encode, []
+    videos = [shutil.copy(path, tmp_path) for path in test.paths]
+    lines = [f"{path} {label}\n" for path, label in zip(videos, test.labels, strict=True)]
+    (tmp_path / "test.txt").write_text("".join(lines))
+    whole = open(videos[4], "rb").read()
+    open(videos[4], "wb").write(b"no video")
+    flags = ["toy", "--data", here, *FLAGS, "--test-splits", str(tmp_path / "test.txt")]
+
+    def run(name, stop):
+        def counted(encoder, views, **how):
+            clips.append(float(views.float().mean()))
+            if len(clips) == stop:
+                raise KeyboardInterrupt
+            return encode(encoder, views, **how)
+
+        monkeypatch.setattr(linprobe, "encode", counted)
+        del clips[:]
+        linprobe.main([*flags, "--name", name])
+        return len(clips)
+
+    for stop in (4, 3):
+        with pytest.raises(SystemExit) as caught:
+            run("cut", stop)
+        out = capsys.readouterr().out.splitlines()
+        assert caught.value.code == 130 and "test.part.pt keeps" in out[-1]
+    with pytest.raises(ValueError, match="^1 videos cannot be read: .*then the same command"):
+        run("cut", None)
+    assert len(clips) == 11 - 3 - 2
+    open(videos[4], "wb").write(whole)
+    with pytest.raises(SystemExit):
+        run("cut", 6)  # the mended one, 4 of 12 training videos
+    os.utime(finetune.draw_shots(read_split(here), 1, 0).paths[0])  # another training video
+    assert run("cut", None) == 8 + 1 and run("cut", None) == 0
+    assert not [file for file in os.listdir("runs/cut") if "part" in file]
+    assert run("whole", None) == 24
+    a, b = (np.load(f"runs/{name}/features.npz") for name in ("cut", "whole"))
+    assert all(np.array_equal(a[key], b[key]) for key in ("train", "labels", "test"))
+
+
+def test_features_of_any_videos(here, tmp_path, capsys):
     videos = [f"{here}/Pulse/v_Pulse_g01_c01.avi", f"{here}/Turn2/v_Turn2_g01_c01.avi"]
     linprobe.main(["--features", "out.npz", "--videos", *videos])
     out = np.load("out.npz", allow_pickle=False)
     assert out["paths"].tolist() == videos and out["features"].shape == (2, 128)
     linprobe.main(["toy", "--features", "all.npz", "--data", here, "--clips", "1"])
     assert len(set(np.load("all.npz")["paths"].tolist())) == 36
+    for name in "ab":
+        shutil.copy(videos[0], tmp_path / f"{name}.avi")
+    (tmp_path / "c.avi").write_bytes(b"no video")
+    with pytest.raises(SystemExit) as caught:
+        linprobe.main(["--features", "out.npz", "--videos", str(tmp_path), "--every", "1"])
+    assert caught.value.code == 1 and f"{tmp_path}/c.avi" in capsys.readouterr().err
+    more = np.load("out.npz", allow_pickle=False)
+    assert more["starts"].tolist() == [0, 1, 0, 1] and len({*more["paths"].tolist()}) == 2
+    assert not np.allclose(more["features"][0], more["features"][1])
+    assert np.array_equal(more["features"][:2], more["features"][2:])
+    with pytest.raises(SystemExit):
+        linprobe.main(["--features", "out.npz", "--videos", str(tmp_path), "--every", "0.5"])
+    assert not np.allclose(np.load("out.npz")["features"][0], more["features"][0])
 
 
 @pytest.mark.parametrize(

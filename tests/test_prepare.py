@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,12 @@ import pytest
 import torch
 from films import number_of, write
 
+import pretrain
 from lib import prepare, processes
-from lib.lists import read_split
+from lib.lists import Split, read_split
 from lib.prepare import rewrite
 from lib.processes import in_processes
-from lib.toy import MOTIONS, make_toy, toy_video
+from lib.toy import MOTIONS, make_toy, toy_video, write_video
 from lib.video import Probe, played, read_frames
 
 
@@ -33,12 +35,16 @@ def run(monkeypatch, capfd):
     """Run data.py with words: (exit code, standard output, lines of standard error, no bars)."""
 
     def run(*words):
-        with pytest.raises(SystemExit) as stop:
+        code = 0
+        try:
             prepare.main([*map(str, words), "--workers", "2"])
+        except SystemExit as stop:  # in a notebook, only what fails may raise it
+            code = stop.code
+            assert code != 0
         out, err = capfd.readouterr()
         bars = ("decoding:", "rewriting:")
         errors = [line for line in err.splitlines() if line and not line.strip().startswith(bars)]
-        return stop.value.code, out, errors
+        return code, out, errors
 
     return run
 
@@ -127,8 +133,9 @@ def test_processes_end_with_the_main_one():
 def clips(tmp_path_factory):
     """Files of 62 and of 12 frames, 96x64 pixels."""
     folder = tmp_path_factory.mktemp("clips")
+    noise = np.random.default_rng(0).integers(0, 256, (62, 64, 96, 3)).astype(np.uint8)
     for name, frames in (("long", 62), ("short", 12)):
-        write(folder / f"{name}.avi", "mpeg4", frames=frames, g=12, bf=0)
+        write_video(folder / f"{name}.avi", noise[:frames])
     return folder
 
 
@@ -178,7 +185,7 @@ def test_a_whole_ucf101_passes(ucf, run):
         "frames per second, the most common (videos): 25 (8)",
         "1 are too short for a clip of 16 frames with stride 4: they get a smaller stride; "
         "1 have under 16 frames and repeat the last one",
-        f"next: python pretrain.py ucf101 --data {data} --splits {splits}",
+        f"next: python pretrain.py --data {data} --splits {splits}",  # too few for its recipe
     ):
         assert line in out.splitlines()
     assert "8 videos decoded" in out and "0 broken" in out and "detection" not in out
@@ -200,6 +207,35 @@ def test_own_videos_pass(ucf, run):
     assert code == 0 and "1 videos decoded" in out
 
 
+def test_the_next_command_works_on_five_videos(tmp_path, run, monkeypatch):
+    for i in range(5):
+        write(tmp_path / f"{i}.mp4", frames=8)
+    code, out, _ = run("check", "own", "--data", tmp_path)
+    words = shlex.split(out.splitlines()[-1].removeprefix("next: "))
+    assert code == 0 and words == ["python", "pretrain.py", "--data", str(tmp_path)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("visualize.main", lambda argv: None)
+    tiny = "--size toy --frames 2 --resolution 32 --cube 2 8 8 --epochs 1 --workers 0"
+    pretrain.main([*words[2:], *tiny.split()])
+    assert "5 videos" in run("check", "own", "--data", tmp_path)[1]
+
+
+def test_which_command_comes_next(tmp_path, capsys):
+    """The recipe of a whole data set; own for a part of it; none where training would end."""
+
+    def said(videos, broken=0, dataset="hmdb51"):
+        paths = [tmp_path / f"{i}.avi" for i in range(videos)]
+        train = Split(paths, [0] * videos, ["a"])
+        lost = dict.fromkeys(paths[:broken], "broken")
+        prepare._next(dataset, train, lost, data="a b", splits="lists", fold=2)
+        return capsys.readouterr().out.splitlines()
+
+    own = "next: python pretrain.py --data 'a b' --splits lists --fold 2"
+    assert said(192) == [own.replace("--data", "hmdb51 --data")] and said(191) == [own]
+    assert said(192, dataset="own") == [own] and said(10, 1)[1:] == [own]
+    assert len(said(10, 2)) == len(said(1, 1)) == 1 and "up to a tenth" in said(10, 2)[0]
+
+
 def test_broken_files_are_listed(ucf, run):
     folder = ucf / "UCF-101" / "Archery"
     paths = [folder / f"v_Archery_g{g:02}_c01.avi" for g in range(1, 5)]
@@ -208,7 +244,7 @@ def test_broken_files_are_listed(ucf, run):
     paths[1].write_bytes(whole[: len(whole) // 2])
     paths[2].write_text("not a video\n" * 99)
     noisy = bytearray(whole)
-    noisy[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    noisy[len(whole) * 3 // 5 : len(whole) * 3 // 5 + 40] = bytes(40)
     paths[3].write_bytes(noisy)
     words = ("--data", ucf / "UCF-101", "--splits", ucf / "ucfTrainTestlist")
     code, out, err = run("check", "ucf101", *words)
@@ -369,7 +405,7 @@ def test_names_frames_and_lists_stay(source, tmp_path, capsys):
     printed = capsys.readouterr().out
     copied = f"not rewritten, copied as it is: {source}/walk/e.avi: Invalid data found"
     assert copied in printed and "3 videos rewritten" in printed
-    assert f"next: python pretrain.py --data {out}" in printed
+    assert "next: unpack or download the broken" in printed and "pretrain.py" not in printed
     assert state(source) == before  # bytes and times
     assert files(out) == {"a.mp4", "b c.avi", "d.mkv", "e.avi", "prepared.json"}
     assert (out / "walk" / "e.avi").read_text() == "no video"  # for training to leave out

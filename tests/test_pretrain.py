@@ -55,7 +55,7 @@ def test_a_training_leaves_checkpoint_log_curve_and_figure(beside):
         assert os.path.getsize(f"runs/whole/{name}") > 1000
     lines = [json.loads(line) for line in open("runs/whole/log.jsonl")]
     assert lines[0]["config"]["model"]["decoder_depth"] == 1
-    assert lines[1]["predict_nothing"] == pytest.approx(1, abs=0.02)
+    assert lines[1]["constant_loss"] == pytest.approx(1, abs=0.02)
     peak, last = 2.4e-2 * 8 / 256, 4.8e-3 * 8 / 256
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates == [engine.cosine_lr(step, 9, 1, peak, last) for step in range(9)]
@@ -253,6 +253,9 @@ def test_own_videos_get_a_batch_and_steps_that_fit(here, monkeypatch, capsys):
     assert len(losses("x")) == 3
     pretrain.main(["--data", "five", *small, "--epochs", "2", "--batch", "2", "--name", "y"])
     assert len(losses("y")) == 4
+    pretrain.main(["--data", "five", *small, "--steps", "2", "--micro", "2", "--name", "z"])
+    flags = json.loads(open("runs/z/log.jsonl").readline())["config"]["flags"]
+    assert (flags["batch"], flags["micro"], flags["epochs"]) == (4, 2, 2)
 
 
 def test_going_on_from_weights_begins_where_they_ended(beside, capsys):

@@ -330,12 +330,15 @@ def test_damaged_and_cut_files_give_what_a_player_shows(tmp_path, name):
         path.write_bytes(new)
         video._counts.clear()
         try:
-            want, good = decoded(path), good + 1
+            decoded(path)
+            good += 1
         except (av.FFmpegError, ValueError):  # not to be opened, or no frame
             with pytest.raises(ValueError, match=f"^{path}: [^\n]*$"):
                 every(path)
             continue
-        assert torch.equal(every(path), want)
+        # FFmpeg seldom fills a damaged place with what was in memory before. So look again.
+        tries = ((every(path), decoded(path)) for _ in range(4))
+        assert any(torch.equal(frames, want) for frames, want in tries)
     assert good > 1
 
 
@@ -525,7 +528,10 @@ def film(tmp_path_factory):
                 new.pts, new.dts = packet.pts + group * length, packet.dts + group * length
                 yield new
 
-    return {kind: remux(whole, folder / f"film.{kind}", repeated) for kind in ("mp4", "mkv")}
+    films = {kind: remux(whole, folder / f"film.{kind}", repeated) for kind in ("mp4", "mkv")}
+    cut = dict(movflags="dash+global_sidx")  # as for streaming: the table is of the first part
+    films["fragments"] = remux(whole, folder / "fragments.mp4", repeated, **cut)
+    return films
 
 
 def cost(path, wanted, monkeypatch):
@@ -556,7 +562,9 @@ def test_a_clip_of_a_long_film_costs_what_a_clip_costs(film, monkeypatch):
         assert cost(film["mp4"], spread, monkeypatch)[0] <= 250 * 12
 
 
-def test_a_long_film_without_a_table_is_read_once_and_not_kept(film, monkeypatch):
-    """Matroska: its packets are counted; those of the clip are read again."""
-    packets, _ = cost(film["mkv"], list(range(59_937, 60_000, 4)), monkeypatch)
-    assert packets <= 60_000 + 250 * 7
+@pytest.mark.parametrize("kind", ["mkv", "fragments"])
+def test_a_long_film_without_a_table_is_read_once_and_not_kept(film, monkeypatch, kind):
+    """Its packets are counted; those of the clip are read again."""
+    monkeypatch.setattr(video, "LONG_BYTES", 0)
+    packets, _ = cost(film[kind], list(range(59_937, 60_000, 4)), monkeypatch)
+    assert 60_000 < packets <= 60_000 + 250 * 7

@@ -27,7 +27,7 @@ def tiny(name="videomae", **config):
     """A model of clips of 4 frames of 32 x 32 pixels; a clip for it; a tube mask."""
     torch.manual_seed(0)
     model = MODELS[name]("toy", (4, 32, 32), CUBE, decoder_depth=1, **config).eval()
-    frames = 4 * model.frames_per_clip
+    frames = 4 * model.frame_factor
     clip = torch.randint(0, 256, (1, frames, 3, 32, 32), dtype=torch.uint8)
     return model, clip, tube_mask(clip, GRID, 0.75, torch.Generator().manual_seed(1))
 
@@ -71,7 +71,7 @@ def test_the_true_target_gives_back_the_original(name):
 def test_nothing_hidden_is_used(name):
     """Without the oracle, other pixels in hidden places change nothing but the original."""
     model, clip, mask = tiny(name)
-    cube = (CUBE[0] * model.frames_per_clip, *CUBE[1:])
+    cube = (CUBE[0] * model.frame_factor, *CUBE[1:])
     cubes = patchify(clip, cube)
     other = unpatchify(torch.where(mask[:, :, None], 255 - cubes // 2, cubes), GRID, cube)
     if name == "double":
@@ -234,7 +234,7 @@ def test_weights_of_other_projects_need_videos(tmp_path):
 
 
 def test_curves_of_both_stages(tmp_path, drawn):
-    lines = [{"config": {}}, {"predict_nothing": 1.0}]
+    lines = [{"config": {}}, {"constant_loss": 1.0}]
     lines += [{"step": i, "loss": 1 / i, "lr": i} for i in range(1, 9)]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -309,6 +309,39 @@ def test_names_that_are_no_text(tmp_path, drawn, capsys):
     assert names_of(drawn[0]) == names_of(drawn[1]) == expected
     said = capsys.readouterr().out
     assert all(name in said for name in expected) and "\\udcff.csv: top-1 58.33 %" in said
+
+
+def test_names_in_a_confusion_matrix_stand_apart(tmp_path, drawn):
+    """At 101 classes, too, and there without numbers."""
+    for number in (3, 101):
+        hits = {f"{i:03} Putting $x_{i}$ {{onto}} it": i % 5 for i in range(number)}
+        visualize.plot_confusion(table(tmp_path / "p.csv", hits), tmp_path / "p.png")
+        axis = drawn[-1].axes[0]
+        shares = torch.from_numpy(axis.images[0].get_array().data)
+        expected = torch.tensor([0.25 * right for right in hits.values()])
+        assert torch.equal(shares.diag()[:-1], expected)  # last: "wrong", which no video is
+        assert torch.equal(shares[:-1, -1], 1 - expected) and not shares[-1].any()
+        columns, rows = (
+            [text.get_window_extent() for text in labels]
+            for labels in (axis.get_xticklabels(), axis.get_yticklabels())
+        )
+        assert names_of(drawn[-1]) == [*hits, "wrong"] and len(columns) == number + 1
+        assert all(a.x1 < b.x0 for a, b in zip(columns, columns[1:], strict=False))
+        assert all(a.y0 > b.y1 for a, b in zip(rows, rows[1:], strict=False))
+        texts = [text.get_text() for text in axis.texts]
+        assert texts == (["100", "25", "75", "50", "50"] if number == 3 else [])
+
+
+def test_a_figure_is_overwritten_only_when_asked(tmp_path, drawn):
+    """At the end of a training, or with --out. By itself, a script takes the next free name."""
+    a = str(table(tmp_path / "a.csv", {"Run": 4}))
+    written = [set(tmp_path.glob("*.png"))]
+    for words, more in (((), {}), (("--out", str(tmp_path / "comparison.png")), {}),
+                        ((), dict(overwrite=False)), ((), dict(overwrite=False))):  # fmt: skip
+        visualize.main(["--compare", a, a, *words], **more)
+        written.append({path.name for path in tmp_path.glob("*.png")})
+    assert written[1] == written[2] == {"comparison.png"}
+    assert written[4] == {"comparison.png", "comparison-2.png", "comparison-3.png"}
 
 
 def test_comparison(tmp_path, drawn, capsys, monkeypatch):
