@@ -88,6 +88,8 @@ def cli(main) -> None:
         if not raised_in.is_relative_to(project) or "site-packages" in raised_in.parts:
             raise
         message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)  # no traceback: nothing is wrong
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # torch says so wherever the program is then
             raise
