@@ -329,7 +329,7 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
             raise ValueError(f"{cfg.checkpoint} knows no videos: name some with --videos")
         flags = engine.load_checkpoint(cfg.checkpoint, "pretrain")["config"]["flags"]
         where = (flags["data"], flags["splits"], flags["fold"])
-        split = read_split(*where, train=False, missing=flags["missing"])
+        split = read_split(*where, train=False, missing=flags.get("missing", "error"))
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
     clips, more = [], model.frame_factor
     for path in paths:

@@ -201,7 +201,9 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     paths = [tmp_path / name for name in ("bad.avi", "a.avi", "b.avi", "c.avi")]
     split = SimpleNamespace(paths=paths)
     monkeypatch.setattr(visualize, "load_clip", load)
-    monkeypatch.setattr(visualize, "read_split", lambda *args, train: None if train else split)
+    monkeypatch.setattr(
+        visualize, "read_split", lambda *args, **how: None if how["train"] else split
+    )
     checkpoint = {"config": {"flags": dict(data="folder", splits=None, fold=1)}}
     monkeypatch.setattr(engine, "load_checkpoint", lambda *args: checkpoint)
     about = dict(name="double", stride=4)
