@@ -229,7 +229,8 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     for part, split in (("training", train), ("test", test)):
         if -1 in split.labels:
             line = f"no label for the {part} video {shown(split.paths[split.labels.index(-1)])}"
-            raise ValueError(f"{line}: --predict needs none")
+            how = "put the videos of each class into a folder, or add labels to the list"
+            raise ValueError(f"{line}: {how}; --predict needs none")
     # Classes meet by name: a test part may lack some of them. A list has numbers: names, where one
     # of the two has them, are the other's as well.
     named = [split.classes for split in (train, test) if split.kind != "list"]

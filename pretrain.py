@@ -55,7 +55,7 @@ class Config(RunConfig):
     normalize: bool = opt(True, "predict cubes at mean 0 and variance 1; off: pixels")
     loss: Literal[tuple(LOSSES)] = opt("mse", "between prediction and target")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
-    ratio: float = opt(0.9, "share of the tokens that is masked")
+    ratio: float = opt(0.9, "share of the tokens that is masked", 0, 1)
     # optimisation
     epochs: int | None = opt(800, "passes over the videos; None: by --steps", 1)
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)

@@ -355,13 +355,13 @@ def main(argv: list[str], overwrite: bool = True) -> None:
     if out.exists() and not (cfg.out or overwrite):
         others = (out.with_stem(f"{out.stem}-{number}") for number in itertools.count(2))
         out = next(other for other in others if not other.exists())
+    model, about = (None, {}) if cfg.compare else load_model(cfg.checkpoint)
     for path, suffix in ((out, ".png"), (Path(cfg.gif or "x.gif"), ".gif")):
         if path.suffix != suffix or not path.parent.is_dir():
             raise ValueError(f"{path} must be a {suffix} file in a folder that exists")
     if cfg.compare:
         compare(cfg.compare, out)
         return print(f"wrote {out}")
-    model, about = load_model(cfg.checkpoint)
     if cfg.stats == "oracle" and not model.normalize:
         raise ValueError(f"{cfg.checkpoint} predicts pixels: leave out --stats oracle")
     model = speed.place(model, torch.device("cpu"))

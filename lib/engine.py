@@ -42,7 +42,8 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
     elif "own" in presets and any(word.split("=")[0] == "--data" for word in argv):
         preset = "own"
     if preset not in presets:
-        parser.error(f"unknown preset {preset!r}: use one of {', '.join(presets)}")
+        known = ", ".join(filter(None, presets)) or "none: a word needs a flag before it"
+        parser.error(f"unknown preset {preset!r}: use one of {known}")
     fields = dataclasses.fields(Config)
     for field in fields:
         default = presets[preset].get(field.name, field.default)

@@ -120,7 +120,8 @@ def check_kind(split: Split, preset: str, data: str) -> None:
     wanted = preset.removesuffix("-short")
     if wanted in LISTS and split.kind not in (wanted, "list", "named list"):
         found = f"the lists of {split.kind}" if split.kind else "no lists"
-        raise ValueError(f"{data} has {found}, not those of {wanted}: name them with --splits")
+        advice = f"name those of {wanted} with --splits; `python data.py check {wanted}` helps"
+        raise ValueError(f"{data} has {found}: {advice}")
 
 
 # Formats of your own: ending of a list's name -> its reader (data, list, fold, train) -> Split.
@@ -154,7 +155,7 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
     if twice:
         raise ValueError(f"{splits} lists {brief(twice[0])} twice")
     if not found.paths:
-        raise ValueError(f"no videos: {splits or data} lists none")
+        raise ValueError(f"no videos in {splits or data}")
     if classes_file:
         found = name_classes(found, classes_file)
     if min({*found.labels} - {-1}, default=0) == 1:

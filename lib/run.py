@@ -3,6 +3,7 @@
 A stage hands its data, model and optimizer to Run and writes the loop itself, see pretrain.py.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -69,12 +70,14 @@ class Run:
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if cfg.warmup >= cfg.epochs:
-            raise ValueError(f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}")
+            few = f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}"
+            raise ValueError(f"{few}: lower it, for example --warmup 0")
         self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
         self.per_epoch = max(len(videos) // cfg.batch, 1)
         self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
         self.config = json.loads(json.dumps(config))  # lists instead of tuples, as after loading
+        self._lock()
         self.start = self.step = self._resume()
         how = (cfg.batch, self.micro, self.start, self.total, cfg.seed)
         self.order = engine.Order(len(videos), *how)
@@ -97,6 +100,19 @@ class Run:
             f"{millions:.1f} M parameters; {self.dtype} on {speed.machine(device)}"
         )
 
+    def _lock(self) -> None:
+        """ValueError while another run trains in this folder. The lock ends with the process."""
+        if engine.rank() > 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            # Of the kind that loader workers do not inherit: they may outlive a killed process.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            other = f"another process trains in {self.folder}"
+            raise ValueError(f"{other}: choose another --name, or wait for it") from error
+
     @staticmethod
     def say(text: str) -> None:
         """Print in one process only."""
@@ -115,8 +131,11 @@ class Run:
         before, now = ({**c.pop("flags"), **c} for c in (state["config"], dict(self.config)))
         changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
         if changed:
-            names = ", ".join(changed)
-            raise ValueError(f"--resume with another {names} than before: choose another --name")
+            names, was = ", ".join(changed), [f"{k}: {str(before[k])[:40]}" for k in changed]
+            advice = "take that, or choose another --name (--init takes the weights along)"
+            raise ValueError(
+                f"--resume with another {names} than before ({'; '.join(was)}): {advice}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
@@ -159,7 +178,8 @@ class Run:
             self.unreadable |= unreadable
             if clips is None or len(self.unreadable) > len(self.videos) / 10:
                 example = next(iter(self.unreadable.values()))
-                raise ValueError(f"over a tenth of the videos cannot be read, such as {example}")
+                advice = "`python data.py check` names all: mend or remove them"
+                raise ValueError(f"over a tenth of the videos cannot be read ({advice}): {example}")
             # DDP averages the gradients of the processes in the last pass only.
             self.net.require_backward_grad_sync = number == self.accumulation - 1
             yield (x.to(self.device, non_blocking=True) for x in (clips, labels))

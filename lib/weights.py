@@ -119,7 +119,8 @@ def read_files(path: Path) -> dict:
     """The content of a file, or of all files with weights in a folder."""
     if not path.exists():
         hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists()
-        how = f"; to download it: hf download {path} --local-dir FOLDER" if hub else ""
+        how = "; train first, or name other weights with --init or --checkpoint"
+        how = f"; to download it: hf download {path} --local-dir FOLDER" if hub else how
         raise ValueError(f"no weights at {path}{how}")
     files, content = [path], {}
     if path.is_dir():
@@ -346,7 +347,10 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     With `classifier`, also that of weights with a trained head. ValueError for all others.
     """
     state, about = read_weights(path)
-    Model, known = MODELS[about.get("name", "videomae")], dict(about)
+    name = about.get("name", "videomae")
+    if name not in MODELS:
+        raise ValueError(f"{path} is of --model {name}, which lib/variants.py does not have")
+    Model, known = MODELS[name], dict(about)
     if classifier and "classes" in about:
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:

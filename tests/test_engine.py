@@ -6,6 +6,8 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -245,7 +247,7 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
     assert "6 (2 epochs" in said and "1 processes x 2 passes x 2 videos" in said
     with pytest.raises(ValueError, match="--resume"):
         begin()
-    with pytest.raises(ValueError, match="another epochs than before"):
+    with pytest.raises(ValueError, match=r"another epochs than before \(epochs: 2\)"):
         begin(resume=True, epochs=3)
     with pytest.raises(ValueError, match="leaves nothing"):
         begin(warmup=2)
@@ -382,3 +384,18 @@ def test_a_loader_worker_that_dies_in_a_step_is_one_line(monkeypatch, capsys):
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "killed by signal: Killed.: fewer --workers" in said
+
+
+def test_two_runs_in_one_folder_are_noticed(tmp_path, monkeypatch):
+    """The lock is another process's here: locks of one process do not exclude each other."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/x")
+    code = "import fcntl, sys; f = open('runs/x/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
+    code += "print('locked', flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="another process trains in runs/x"):
+        begin()
+    other.communicate(b"")
+    finish(begin())

@@ -380,10 +380,11 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     "flags, say",
     [
         ("--compare a.csv --out c.png", "two files, not 1"),
-        ("--out no/a.png", "must be a .png file in a folder that exists"),
+        ("--compare a.csv b.csv --out no/a.png", "must be a .png file in a folder that exists"),
         ("--compare a.csv b.csv --out a.gif", "must be a .png"),
-        ("--checkpoint a.pt --gif a.png", "must be a .gif"),
-        ("--checkpoint none.pt", "none.pt"),
+        ("--compare a.csv b.csv --gif a.png", "must be a .gif"),
+        ("--checkpoint none.pt", "none.pt; train first"),
+        ("--checkpoint nobody/weights", "hf download nobody/weights"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, flags, say):

@@ -190,7 +190,7 @@ def test_a_name_on_the_hub_is_answered_by_how_to_download_it(tmp_path, monkeypat
         read_weights("MCG-NJU/videomae-base")
     (tmp_path / "runs").mkdir()
     for path in ("runs/pretrain-toy", "runs/a/checkpoint.pt", "/no/file.pth", "file.pth"):
-        with pytest.raises(ValueError, match=f"no weights at {path}$"):
+        with pytest.raises(ValueError, match=f"no weights at {path}; train first, or"):
             read_weights(path)
 
 
@@ -798,3 +798,13 @@ def test_interpolated_positions_survive_our_checkpoint(tmp_path):
     again, _ = load_model(path, classifier=True)
     assert torch.equal(again.encoder.pos_embed, larger.encoder.pos_embed)
     assert not torch.equal(again.encoder.pos_embed, position_table((4, 8, 8), 128, "1d"))
+
+
+def test_a_variant_that_is_gone_is_one_line(tmp_path):
+    """One's own subclass, taken out of lib/variants.py after training."""
+    model = VideoMAE("toy", (4, 32, 32), (2, 8, 8))
+    config = dict(model=model.config, flags=dict(model="hog"))
+    state = dict(stage="pretrain", config=config, step=1, steps=1, model=model.state_dict())
+    torch.save(state, tmp_path / "hog.pt")
+    with pytest.raises(ValueError, match="^.*hog.pt is of --model hog, which lib/variants.py"):
+        load_model(tmp_path / "hog.pt")
