@@ -155,10 +155,6 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
 
 # ---------------------------------------------------------------------------- prepare a data set
 
-# Of 30 settings of x264, MPEG-4 and MJPEG the fastest to sample at about 38 dB: MPEG-4, a key frame
-# every 12 frames, fixed quantiser 4.
-CODEC, OPTIONS = "mpeg4", {"g": "12", "qmin": "4", "qmax": "4"}
-
 
 def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
     """Write all frames of a video, upright, for fast sampling; what decoding the source finds.
@@ -184,8 +180,11 @@ def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
                 how = dict(format="rgb24", interpolation="BICUBIC", threads=1)
                 image = upright(reformatter.reformat(frame, *size, **how).to_ndarray(), frame)
                 if stream is None:
+                    # Of 30 settings of x264, MPEG-4 and MJPEG the fastest to sample at about 38 dB:
+                    # a key frame every 12 frames, fixed quantiser 4.
+                    options = {"g": "12", "qmin": "4", "qmax": "4"}
                     rate = round(min(max(found.rate, 1), 240))
-                    stream = container.add_stream(CODEC, rate=rate, options=OPTIONS)
+                    stream = container.add_stream("mpeg4", rate=rate, options=options)
                     stream.codec_context.thread_count = 1
                     stream.height, stream.width = image.shape[:2]
                     stream.pix_fmt = "yuv420p"
@@ -219,12 +218,11 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     if train.kind in LISTS:
         splits = splits or data / LISTS[train.kind]
+    paths = train.paths
     if train.kind in ("", *LISTS):
         paths = video_files(data)[0]  # those of all folds
-    else:
-        paths = train.paths
-        if {*paths} & {*listed(out, splits, fold=1, train=True).paths}:
-            raise ValueError(f"{splits} has absolute paths: list paths relative to --data")
+    elif {*paths} & {*listed(out, splits, fold=1, train=True).paths}:
+        raise ValueError(f"{splits} has absolute paths: list paths relative to --data")
     jobs = [(path, out / os.path.relpath(path, data), short_side) for path in paths]
     jobs = [job for job in jobs if not job[1].is_file()]
     print(f"{len(paths)} videos, {len(paths) - len(jobs)} of them are prepared already", flush=True)
