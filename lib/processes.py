@@ -1,78 +1,68 @@
 """Work on many files, of which some crash a decoder or hang it: each costs no more than itself."""
 
+import faulthandler
 import gc
 import multiprocessing
+import os
 import signal
-import time
 from multiprocessing.connection import wait
 
-SILENCE = 60  # seconds without a frame after which a decoder is taken to hang
 
-
-def in_processes(work, items: list, processes: int, silence: float = SILENCE):
+def in_processes(work, items: list, processes: int, silence: float = 60):
     """Yield (item, work(item, alive)) as they are ready; a text instead where there is no result.
 
-    A process that crashes, or does not call alive() for `silence` seconds, costs its one item. So
-    a long film may take its time.
+    A ValueError or OSError is its text. A process that crashes, or does not call alive() for
+    `silence` seconds, costs its one item. So a long film may take its time.
     """
-    waiting, lanes = items[::-1], {}  # lanes: pipe -> process, its item, when it must say more
+    waiting, busy = items[::-1], {}  # busy: pipe -> process, its item
 
-    def feed(pipe, process) -> None:
+    def feed(pipe=None, process=None) -> None:
+        """Give the next item to a process, or to a new one; end it where there is no item left."""
+        if waiting and process is None:
+            pipe, there = multiprocessing.Pipe()
+            how = dict(target=_serve, args=(work, there, silence), daemon=True)
+            process = multiprocessing.Process(**how)
+            process.start()
+            there.close()  # so that the end of the process is the end of the pipe
         if waiting:
-            item = waiting.pop()
-            pipe.send(item)
-            lanes[pipe] = process, item, time.monotonic() + silence
-        else:
+            busy[pipe] = process, waiting.pop()
+            pipe.send(busy[pipe][1])
+        elif process:
             process.kill()
 
     try:
-        for _ in range(min(processes, len(items))):
-            feed(*_start(work))
-        while lanes:
-            for pipe in wait(lanes, 1):
-                process, item, _ = lanes.pop(pipe)
+        for _ in range(max(1, processes)):
+            feed()
+        while busy:
+            for pipe in wait(busy):
+                process, item = busy.pop(pipe)
                 try:
-                    done, result = pipe.recv()
+                    result = pipe.recv()
                 except (EOFError, OSError):
                     process.join()
-                    feed(*_start(work))
-                    yield item, f"decoding it crashed the process (exit code {process.exitcode})"
-                    continue
-                if done:
-                    feed(pipe, process)
-                    yield item, result
-                else:
-                    lanes[pipe] = process, item, time.monotonic() + silence
-            for pipe, (process, item, due) in list(lanes.items()):
-                if time.monotonic() > due:
-                    process.kill()
-                    del lanes[pipe]
-                    feed(*_start(work))
-                    yield item, f"not decoded: no frame for {silence:.0f} s"
+                    result = f"decoding it crashed, or gave no frame for {silence:.0f} s"
+                    result += f" (exit code {process.exitcode})"
+                    pipe = process = None
+                feed(pipe, process)
+                yield item, result
     finally:
-        for process, *_ in lanes.values():
+        for process, _ in busy.values():
             process.kill()
 
 
-def _start(work):
-    pipe, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_serve, args=(work, there), daemon=True)
-    process.start()
-    there.close()  # so that the end of the process is the end of the pipe
-    return pipe, process
-
-
-def _serve(work, pipe) -> None:
+def _serve(work, pipe, silence: float) -> None:
     gc.freeze()  # garbage of the main process: its decoders would wait for threads it has
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-    parent, said = multiprocessing.parent_process(), time.monotonic()
-
-    def alive() -> None:
-        nonlocal said
-        if time.monotonic() - said > 1:
-            said = time.monotonic()
-            pipe.send((False, None))
-
+    nowhere, parent = open(os.devnull, "w"), multiprocessing.parent_process()
+    # Ends this process after so many seconds, even inside of a decoder. The next call starts anew.
+    alive = lambda: faulthandler.dump_traceback_later(silence, exit=True, file=nowhere)
     while parent.is_alive():
         if pipe.poll(1):
-            pipe.send((True, work(pipe.recv(), alive)))
+            item = pipe.recv()
+            alive()
+            try:
+                result = work(item, alive)
+            except (ValueError, OSError) as error:
+                result = str(error)
+            faulthandler.cancel_dump_traceback_later()
+            pipe.send(result)

@@ -8,25 +8,22 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-STILL = "datasets/toy-still"  # where the waves go that mostly stand still, unless told otherwise
 MOTIONS = (
     *("Slide0", "Slide22", "Slide45", "Slide67", "Slide90", "Slide112", "Slide135", "Slide157"),
     *("Turn2", "Turn3", "Turn4", "Pulse"),
 )
 
 
-def toy_video(
-    motion: str, rng: np.random.Generator, size: int = 54, still: bool = False
-) -> np.ndarray:
-    """One action video (T, size, size, 3) uint8, 36 to 48 frames: waves under heavy noise (ours).
+def toy_video(motion: str, rng: np.random.Generator, still: bool = False) -> np.ndarray:
+    """One action video (T, 54, 54, 3) uint8, 36 to 48 frames: waves under heavy noise (ours).
 
     The class is how the waves move: one way or the other along one of eight axes (SlideD, D degrees
     from rows), as a turning star of 2, 3 or 4 arms, or in and out as rings. Colours, wavelength,
-    speed, sense, phase, centre and edge are random. These few numbers decide all cubes of a clip,
-    and each cube shows them only in part and through the noise: pre-training can find them out from
-    videos alone, and few labels hardly teach them.
+    speed, sense, phase, centre and edge are random. Each cube of a clip shows these few numbers in
+    part and through the noise: pre-training finds them in videos alone, few labels hardly do.
     `still`: they move inside a disc only, a third of the frame; and a third of the noise.
     """
+    size = 54
     frames, speed = int(rng.integers(36, 49)), 1.25 * rng.uniform(0.75, 1.33)
     wavelength = 24 * 2 ** rng.uniform(0, 1)
     phase, tilt = rng.uniform(0, 2 * np.pi), rng.uniform(-0.1, 0.1)
@@ -52,56 +49,49 @@ def toy_video(
     return (255 * video).clip(0, 255).round().astype(np.uint8)
 
 
-def write_video(path: str | Path, video: np.ndarray) -> None:
-    """Write (T, H, W, 3) uint8 as XviD-like MPEG-4 at 25 frames and half a megabit per second."""
+def _write(job: tuple) -> None:
+    """Write a toy video as XviD-like MPEG-4 at 25 frames and half a megabit per second."""
+    path, motion, seed, still = job
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25, options={"bf": "1", "g": "250"})
         stream.bit_rate = 500_000
-        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
-        for image in video:
+        stream.height, stream.width, stream.pix_fmt = 54, 54, "yuv420p"
+        for image in toy_video(motion, np.random.default_rng(seed), still):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
-def _toy_file(job: tuple) -> None:
-    path, motion, seed, still = job
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, toy_video(motion, np.random.default_rng(seed), still=still))
-
-
-def make_toy(
-    out: str | Path, train: int = 1200, test: int = 600, seed: int = 0, still: bool = False
-) -> None:
+def make_toy(out: str | Path, train: int = 1200, test: int = 600, still: bool = False) -> None:
     """Write the toy data set to folder `out` in UCF101's layout, split 1, unless it is there.
 
     out/Slide0/v_Slide0_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt.
-    Classes are balanced. The folder appears when it is complete. It takes half a minute. `still`:
-    see toy_video. ValueError if `out` exists and is something else.
+    Classes are balanced. The folder appears when it is complete. `still`: see toy_video. ValueError
+    if `out` exists and is something else.
     """
     out = Path(out)
     if (out / "ucfTrainTestlist" / "testlist01.txt").is_file():
         return
     if out.exists():
-        error = "exists and is not a complete toy data set: remove it, or name another folder"
-        raise ValueError(f"{out} {error}")
+        raise ValueError(f"{out} exists and is no complete toy data set: remove it")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    jobs, lists = [], {"trainlist01.txt": [], "testlist01.txt": []}
+    jobs, lines = [], []
     for i in range(train + test):
-        label, number = i % len(MOTIONS), i // len(MOTIONS)
+        number, label = divmod(i, len(MOTIONS))
         motion = MOTIONS[label]
         name = f"{motion}/v_{motion}_g{number + 1:02}_c01.avi"  # every scene is a group
-        jobs.append((part / name, motion, (seed, i), still))
-        if i < train:
-            lists["trainlist01.txt"].append(f"{name} {label + 1}")
-        else:
-            lists["testlist01.txt"].append(name)
+        jobs.append((part / name, motion, (0, i), still))
+        lines.append(f"{name} {label + 1}")
     with ProcessPoolExecutor() as pool:
-        done = pool.map(_toy_file, jobs, chunksize=16)
+        done = pool.map(_write, jobs, chunksize=16)
         list(tqdm(done, f"writing {out}", len(jobs), unit="video"))
+    lists = {
+        "classInd.txt": [f"{label} {name}" for label, name in enumerate(MOTIONS, 1)],
+        "trainlist01.txt": sorted(lines[:train]),
+        "testlist01.txt": sorted(line.split()[0] for line in lines[train:]),
+    }
     (part / "ucfTrainTestlist").mkdir()
-    lists = {name: sorted(lines) for name, lines in lists.items()}
-    lists["classInd.txt"] = [f"{i + 1} {name}" for i, name in enumerate(MOTIONS)]
     for name, lines in lists.items():
         (part / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")
     part.rename(out)
