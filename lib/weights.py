@@ -92,7 +92,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if len(shape) == 4:
         # Of a model for images, only the encoder is of use to videos, without its positions.
         state = {k: x for k, x in state.items() if re.match(r"encoder\.(patch|blocks|norm)", k)}
-        note = "image model inflated to cubes, its blocks alone"
+        note = "image model inflated to cubes, its encoder alone"
         return state, about_shapes(path, shape, state) | dict(note=note)
     about = about_shapes(path, shape, state)
     about |= about_config(path, found, about) | about_official(content.get("args", {}))
