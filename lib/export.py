@@ -56,16 +56,17 @@ def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
         intermediate_size=4 * s["dim"], layer_norm_eps=model.encoder.blocks[0].norm1.eps,
         decoder_hidden_size=s["decoder_dim"], decoder_num_attention_heads=s["decoder_heads"],
         decoder_intermediate_size=4 * s["decoder_dim"],
+        # With mean pooling, their encoder has no last LayerNorm.
+        use_mean_pooling=isinstance(model, Classifier),
     )  # fmt: skip
     config |= {key: about[key] for key in ("stride", "sampling") if key in about}
     if isinstance(model, Classifier):
         kind, names = transformers.VideoMAEForVideoClassification, about["classes"]
         numbers = {name: i for i, name in enumerate(names)}
-        config |= dict(id2label=dict(enumerate(names)), label2id=numbers, use_mean_pooling=True)
+        config |= dict(id2label=dict(enumerate(names)), label2id=numbers)
     else:
         kind, depth = transformers.VideoMAEForPreTraining, len(model.decoder.blocks)
         config |= dict(decoder_num_hidden_layers=depth, norm_pix_loss=model.normalize)
-        config["use_mean_pooling"] = False  # with it, the encoder has no last LayerNorm
     theirs = kind(transformers.VideoMAEConfig(**config)).eval()
 
     ours = {rename(name): value for name, value in state.items()}
@@ -101,8 +102,7 @@ def change_last_eps(model: VideoMAE | Classifier, eps: float = 1e-5) -> None:
 
 def main(argv: list[str]) -> None:
     """The command line. Files that exist are not written over."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m lib.weights", None, __doc__, formatter_class=text)
+    parser = argparse.ArgumentParser("python -m lib.weights", description=__doc__.split("\n")[0])
     parser.add_argument("weights")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--official", type=Path, metavar="FILE.pth")
