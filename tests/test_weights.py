@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from torch import nn
 
 from lib import engine, export, variants, weights
 from lib.export import to_official
-from lib.weights import build, init_model, load_model, load_weights, read_weights, to_ours
+from lib.weights import build, init_model, load_model, load_weights, read_weights
 from masking import tube_mask
 from model import (
     IMAGENET_MEAN,
@@ -262,21 +261,11 @@ def test_positions_of_an_official_file_are_those_of_its_own_clips(tmp_path, fram
     assert "positions of 16x224x224 (assumed) interpolated to 4x4x4 cubes" in report
 
 
-@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
-@pytest.mark.parametrize(
-    "make, names",
-    [
-        (mae, "mask_token encoder.norm.bias decoder.head.weight encoder_to_decoder.weight"),
-        (classifier, "patch_embed.proj.bias blocks.3.attn.q_bias blocks.0.mlp.fc1.weight"),
-    ],
-)
-def test_round_trip_is_exact_by_the_official_names(make, names, prefix):
-    state = {name: value for name, value in make().state_dict().items() if "pos_embed" not in name}
-    official = to_official(make())
-    assert {*names.split()} < official.keys()
-    again = to_ours({prefix + name: value for name, value in official.items()}, prefix)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
+def test_official_names_are_those_of_the_method():
+    names = "mask_token encoder.norm.bias decoder.head.weight encoder_to_decoder.weight"
+    assert {*names.split()} < to_official(mae()).keys()
+    names = "patch_embed.proj.bias blocks.3.attn.q_bias blocks.0.mlp.fc1.weight fc_norm.bias"
+    assert {*names.split()} < to_official(classifier()).keys()
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
@@ -312,7 +301,7 @@ def test_mmaction(tmp_path):
 
 
 @pytest.mark.parametrize("make", [mae, classifier])
-@pytest.mark.parametrize("prefix", ["model.", "encoder.encoder."])
+@pytest.mark.parametrize("prefix", ["model.", "encoder.encoder.", "module._orig_mod."])
 def test_lightning(tmp_path, make, prefix):
     state = {prefix + name: value for name, value in to_official(make()).items()}
     state |= {"criterion.weight": torch.ones(3)}
@@ -342,16 +331,15 @@ def test_folder_of_videomae_v2(tmp_path):
 # models for images
 
 
-def image_vit(kind):
+def image_vit(kind, folder=None):
     """Files of image models of toy size, 32x32 pixels in patches of 8: mae, timm, google."""
     torch.manual_seed(0)
     if kind == "google":
         sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
         more = dict(intermediate_size=512, image_size=32, patch_size=8)
         model = scramble(transformers.ViTModel(transformers.ViTConfig(**sizes, **more)))
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return safetensors.torch.load_file(f"{folder}/model.safetensors")
+        model.save_pretrained(folder)
+        return safetensors.torch.load_file(folder / "model.safetensors")
     state = {k[8:]: v for k, v in to_official(mae()).items() if k.startswith("encoder.")}
     shapes = {"cls_token": (1, 1, 128), "pos_embed": (1, 17, 128)}
     shapes["patch_embed.proj.weight"] = (128, 3, 8, 8)
@@ -368,7 +356,7 @@ def image_vit(kind):
 
 @pytest.mark.parametrize("kind", ["mae", "timm", "google"])
 def test_image_weights_fill_the_encoder_alone(tmp_path, kind):
-    state, model = image_vit(kind), VideoMAE("toy", **CLIPS)
+    state, model = image_vit(kind, tmp_path), VideoMAE("toy", **CLIPS)
     torch.save({"model": state} if kind == "mae" else state, tmp_path / "vit.pth")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found, about = read_weights(tmp_path / "vit.pth")
@@ -470,8 +458,6 @@ def test_pretraining_goes_on_from_an_encoder_alone(tmp_path):
     official_file(tmp_path / "a.pth", "model", classifier(), **SAID)
     report = init_model(VideoMAE("toy", **CLIPS), tmp_path / "a.pth")
     assert "2 missing (encoder.norm.weight, encoder.norm.bias)" in report
-    with pytest.raises(ValueError, match="missing .encoder.patch_embed.weight"):
-        init_model(VideoMAE("toy", (8, 32, 32), (2, 16, 16)), tmp_path / "a.pth")
 
 
 # out again
@@ -568,13 +554,11 @@ def test_pretrained_weights_fill_a_classifier_but_for_its_head():
         assert torch.equal(value, source[name]), name
 
 
-def test_head_is_loaded_if_the_classes_agree():
-    trained, same, other = classifier(), *(Classifier("toy", n, **CLIPS) for n in (3, 4))
-    assert "0 new" in load_weights(same, trained.state_dict(), dict(CLIPS))
-    assert torch.equal(same.eval()(clip()), trained(clip()))
-    report = load_weights(other, trained.state_dict(), dict(CLIPS))
+def test_a_head_of_another_number_of_classes_stays_new():
+    trained, new = classifier(), Classifier("toy", 4, **CLIPS)
+    report = load_weights(new, trained.state_dict(), dict(CLIPS))
     assert "2 new (head.weight, head.bias)" in report
-    assert torch.equal(other.fc_norm.weight, trained.fc_norm.weight)
+    assert torch.equal(new.fc_norm.weight, trained.fc_norm.weight)
 
 
 def test_too_few_matches_are_refused_and_change_nothing():
