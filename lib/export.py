@@ -56,61 +56,53 @@ def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
         intermediate_size=4 * s["dim"], layer_norm_eps=model.encoder.blocks[0].norm1.eps,
         decoder_hidden_size=s["decoder_dim"], decoder_num_attention_heads=s["decoder_heads"],
         decoder_intermediate_size=4 * s["decoder_dim"],
+        # With mean pooling, their encoder has no last LayerNorm.
+        use_mean_pooling=isinstance(model, Classifier),
     )  # fmt: skip
     config |= {key: about[key] for key in ("stride", "sampling") if key in about}
     if isinstance(model, Classifier):
         kind, names = transformers.VideoMAEForVideoClassification, about["classes"]
         numbers = {name: i for i, name in enumerate(names)}
-        config |= dict(id2label=dict(enumerate(names)), label2id=numbers, use_mean_pooling=True)
+        config |= dict(id2label=dict(enumerate(names)), label2id=numbers)
     else:
         kind, depth = transformers.VideoMAEForPreTraining, len(model.decoder.blocks)
         config |= dict(decoder_num_hidden_layers=depth, norm_pix_loss=model.normalize)
-        config["use_mean_pooling"] = False  # with it, the encoder has no last LayerNorm
     theirs = kind(transformers.VideoMAEConfig(**config)).eval()
 
-    ours, new = {rename(name): value for name, value in state.items()}, {}
-    rows = ["query.weight", "key.weight", "value.weight"]
-    for name in theirs.state_dict():
-        our = rename(name, wrappers="videomae.")
-        stem, _, part = our.rpartition("attn.")
-        qkv = ours[f"{stem}attn.qkv.weight"].chunk(3) if part in rows else ()
-        new[name] = qkv[rows.index(part)] if qkv else ours[our]
-    theirs.load_state_dict(new)
+    ours = {rename(name): value for name, value in state.items()}
+    for name in [name for name in ours if name.endswith("qkv.weight")]:
+        for part, rows in zip(("query", "key", "value"), ours[name].chunk(3), strict=True):
+            ours[name.replace("qkv", part)] = rows
+    theirs.load_state_dict({name: ours[rename(name, "videomae.")] for name in theirs.state_dict()})
     crop = dict(size=dict(shortest_edge=height), crop_size=dict(height=height, width=height))
     colours = dict(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     return theirs, transformers.VideoMAEImageProcessor(**crop, **colours)
 
 
 @torch.no_grad()
-def change_last_eps(model: VideoMAE | Classifier, eps: float = 1e-5) -> str:
-    """Give the last LayerNorm the eps that Hugging Face fixes; returns a remark of one line.
+def change_last_eps(model: VideoMAE | Classifier, eps: float = 1e-5) -> None:
+    """Give the last LayerNorm the eps that Hugging Face fixes.
 
     Its weight makes up for it at the mean variance of its inputs, measured on a clip of noise.
     """
     norm = model.fc_norm if isinstance(model, Classifier) else model.decoder.norm
-    if norm.eps == eps:
-        return "nothing is lost"
+
+    def change(norm, given):
+        variance = given[0].var(dim=-1, unbiased=False).mean()
+        norm.weight *= ((variance + eps) / (variance + norm.eps)).sqrt()
+        norm.eps = eps
+
     (t, h, w), n = model.encoder.video_size, len(model.encoder.pos_embed)
-    noise = torch.Generator().manual_seed(0)
-    clip = torch.randint(0, 256, (1, t, 3, h, w), dtype=torch.uint8, generator=noise)
+    clip = torch.rand(1, t, 3, h, w, generator=torch.Generator().manual_seed(0))
     inputs = [clip] if isinstance(model, Classifier) else [clip, torch.arange(n)[None] % 2 == 0]
-    seen = []
-    hook = norm.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
-    model(*inputs)
-    variance = seen[0][0].var(dim=-1, unbiased=False).mean()
-    norm.weight *= ((variance + eps) / (variance + norm.eps)).sqrt()
-    before, norm.eps = norm.eps, eps
+    hook = norm.register_forward_pre_hook(change)
     model(*inputs)
     hook.remove()
-    most = float((seen[1][1] - seen[0][1]).abs().max())
-    lost = f"the last LayerNorm's eps is {eps} there, not {before}; its weight makes up for it"
-    return f"{lost}: its outputs change by at most {most:.0e} on a clip of noise"
 
 
 def main(argv: list[str]) -> None:
     """The command line. Files that exist are not written over."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m lib.weights", None, __doc__, formatter_class=text)
+    parser = argparse.ArgumentParser("python -m lib.weights", description=__doc__.split("\n")[0])
     parser.add_argument("weights")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--official", type=Path, metavar="FILE.pth")
@@ -127,11 +119,10 @@ def main(argv: list[str]) -> None:
         args["data_set"] = "SSV2" if about.get("sampling") == "uniform" else None
         args["normlize_target"] = about.get("normalize")  # spelled so there
         torch.save(dict(model=to_official(model), args=args), out)
-        remark = "without class names, optimizer and epoch"
         if "eps" in model.config:
-            remark += f"; LayerNorm eps is 1e-06 there, not {model.config['eps']}"
+            print(f"LayerNorm eps is 1e-06 there, not {model.config['eps']}")
     else:
-        remark = change_last_eps(model)
+        change_last_eps(model)
         for part in to_hugging_face(model, about):
             part.save_pretrained(out)
-    print(f"wrote {out}; {remark}")
+    print(f"wrote {out}")

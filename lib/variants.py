@@ -38,19 +38,16 @@ class CenterFrame(VideoMAE):
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predictions (B, M/t, P) for the time step that holds the middle frame."""
         pred = super().decode(latent, visible, masked)
-        steps = self.encoder.grid[0]
         middle = self.encoder.video_size[0] // 2 // self.encoder.cube[0]
-        return pred.chunk(steps, dim=1)[middle]
+        return pred.chunk(self.encoder.grid[0], dim=1)[middle]
 
     def target(self, video: Tensor, masked: Tensor) -> Tensor:
         """The patches of the middle frame, (B, M/t, P)."""
-        steps = self.encoder.grid[0]
-        places = masked.chunk(steps, dim=1)[
-            0
-        ]  # those of the first time step: n is the place itself
         middle = video.shape[1] // 2
-        frame = video[:, middle : middle + 1]
-        patches = to_float(gather(patchify(frame, (1, *self.encoder.cube[1:])), places))
+        patches = patchify(video[:, middle : middle + 1], (1, *self.encoder.cube[1:]))
+        # In the first time step, the index of a token is its place in the frame.
+        places = masked.chunk(self.encoder.grid[0], dim=1)[0]
+        patches = to_float(gather(patches, places))
         return normalize_cubes(patches)[0] if self.normalize else patches
 
 

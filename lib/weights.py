@@ -4,10 +4,7 @@
     model = build(Classifier, config)          # the model of a config
     print(load_weights(model, state, about))   # what fits, in one line
 
-docs/weights.md lists what can be read. lib/export.py writes weights for others:
-
-    python -m lib.weights CHECKPOINT --official FILE.pth
-    python -m lib.weights CHECKPOINT --hugging-face FOLDER
+docs/weights.md lists what can be read. lib/export.py writes weights for others.
 """
 
 import argparse
@@ -42,9 +39,9 @@ POSITIONS = {
 DECODER = ("decoder", "encoder_to_decoder", "mask_token")  # its tensors' names begin so
 # Hugging Face's values where config.json says nothing.
 CONFIG = dict(
-    model_type="videomae", num_frames=16, image_size=224, hidden_act="gelu", layer_norm_eps=1e-12,
+    model_type="videomae", num_frames=16, image_size=224, layer_norm_eps=1e-12,
     num_attention_heads=12, decoder_num_attention_heads=6, use_mean_pooling=True,
-    norm_pix_loss=True, id2label={}, cos_attn=False,
+    norm_pix_loss=True, id2label={},
 )  # fmt: skip
 
 # The kernel that embeds cubes or patches. What stands before it, group 1, are wrappers' names.
@@ -62,8 +59,7 @@ RENAMES = (
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.attention\.attention\.", ".attn."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.attn\.(query|value)\.bias$", r".attn.\1_bias"),  # of modules since version 5
-    (r"\.attn\.(q|v)\w*_bias$", r".attn.\1_bias"),
+    (r"\.attn\.(q|v)(uery|alue)?[._]bias$", r".attn.\1_bias"),  # of either version
     (r"\.(intermediate\.dense|mlp\.layers\.0\.0)\.", ".mlp.fc1."),  # mmaction2: mlp.layers
     (r"\.(output\.dense|mlp\.layers\.1)\.", ".mlp.fc2."),
 )
@@ -77,16 +73,15 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     What is known is a dict with some of: the arguments of the model and "eps" (see build); "name",
     a key of MODELS; "classes", a list of names; "stride" and "sampling" of the training clips;
-    "note" and "unfinished", remarks for the report. Nothing pickled is run.
+    "note", a remark for the report. Nothing pickled is run.
     ValueError, in one line, for what cannot be read.
     """
     path = Path(path)
     content = read_files(path)
     if "stage" in content:
         return content["model"], about_ours(path, content)
-    parts = [part for part in PARTS if isinstance(content.get(part), dict)]
-    found = content[parts[0]] if parts else content
-    found = {f"{name}": x.float() for name, x in found.items() if isinstance(x, Tensor)}
+    found = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
+    found = {str(name): x.float() for name, x in found.items() if isinstance(x, Tensor)}
     kernels = (re.fullmatch(KERNEL, name) for name, x in found.items() if x.ndim in (4, 5))
     kernel = next(filter(None, kernels), None)
     if kernel is None:
@@ -94,34 +89,28 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} holds no VideoMAE or image ViT that can be read, but {some} ...")
 
     state, shape = to_ours(found, wrappers=kernel[1]), found[kernel[0]].shape
-    about, notes = about_shapes(path, shape, state), []
-    if any("ema" in part for part in parts):
-        notes.append(" left out, ".join([*parts[1:], f"weights under {parts[0]}"]))
-    if len(shape) == 5:
-        about |= about_config(path, found, about) | about_official(content.get("args", {}))
-        # Most files hold no positions: add the table of the grid that they were trained on.
-        grid = grid_of(about.get("video_size", USUAL_VIDEO), about["cube"])
-        for name, weight in POSITIONS.items():
-            if weight in state:
-                state.setdefault(name, position_table(grid, len(state[weight]), "1d"))
-        about["positions"] = "1d"
-    else:
+    if len(shape) == 4:
         # Of a model for images, only the encoder is of use to videos, without its positions.
-        kept = {k: x for k, x in state.items() if re.match(r"encoder\.(patch|blocks|norm)", k)}
-        left = {re.sub(r"^(encoder|embeddings)\.", "", k).split(".")[0] for k in {*state} - {*kept}}
-        notes.append(f"image model inflated to cubes, without {', '.join(sorted(left))}")
-        state = kept
-        about.pop("classes", None)
-    return state, about | (dict(note="; ".join(notes)) if notes else {})
+        state = {k: x for k, x in state.items() if re.match(r"encoder\.(patch|blocks|norm)", k)}
+        note = "image model inflated to cubes, its encoder alone"
+        return state, about_shapes(path, shape, state) | dict(note=note)
+    about = about_shapes(path, shape, state)
+    about |= about_config(path, found, about) | about_official(content.get("args", {}))
+    # Most files hold no positions: add the table of the grid that they were trained on.
+    grid = grid_of(about.get("video_size", USUAL_VIDEO), about["cube"])
+    for name, weight in POSITIONS.items():
+        if weight in state:
+            state.setdefault(name, position_table(grid, len(state[weight]), "1d"))
+    return state, about | dict(positions="1d")
 
 
 def read_files(path: Path) -> dict:
     """The content of a file, or of all files with weights in a folder."""
     if not path.exists():
-        hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists()
-        how = "; train first, or name other weights with --init or --checkpoint"
-        how = f"; to download it: hf download {path} --local-dir FOLDER" if hub else how
-        raise ValueError(f"no weights at {path}{how}")
+        how = "train first, or name other weights with --init or --checkpoint"
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            how = f"to download it: hf download {path} --local-dir FOLDER"
+        raise ValueError(f"no weights at {path}; {how}")
     files, content = [path], {}
     if path.is_dir():
         files = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
@@ -138,8 +127,7 @@ def read_files(path: Path) -> dict:
         raise ValueError(f"{path} needs safetensors: pip install safetensors") from error
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run {code[1]}; save its state_dict alone" if code else str(error)
-        reason = " ".join(reason.split())[:120]
+        reason = f"it would run {code[1]}" if code else " ".join(str(error).split())[:120]
         raise ValueError(f"{path} holds no weights that can be read ({reason})") from error
     return content
 
@@ -192,7 +180,7 @@ def about_ours(path: Path, content: dict) -> dict:
     else:
         about["classes"] = config["classes"]
     if content["step"] < content["steps"]:
-        about["unfinished"] = f"unfinished: step {content['step']} of {content['steps']}"
+        about["note"] = f"unfinished: step {content['step']} of {content['steps']}"
     return about
 
 
@@ -202,8 +190,7 @@ def about_shapes(path: Path, kernel: tuple[int, ...], state: dict[str, Tensor]) 
     depth, decoder_depth = (sum(b[0] == part for b in blocks) for part in ("encoder", "decoder"))
     sizes = [name for name, s in SIZES.items() if (s["dim"], s["depth"]) == (kernel[0], depth)]
     if not sizes:
-        deep = f"{kernel[0]} wide and {depth} blocks deep"
-        raise ValueError(f"{path} is {deep}, as no entry of SIZES in model.py: add one")
+        raise ValueError(f"{path}: add {kernel[0]} wide, {depth} blocks deep to SIZES in model.py")
     about = dict(size=sizes[0], cube=[2, *kernel[2:]][-3:])  # a patch of an image has no frames
     if decoder_depth:
         about["decoder_depth"] = decoder_depth
@@ -230,33 +217,33 @@ def about_config(path: Path, found: dict[str, Tensor], about: dict) -> dict:
     file = (path if path.is_dir() else path.parent) / "config.json"
     hugging_face = any("layernorm_before" in name for name in found)
     if not file.exists():
-        return dict(eps=[1e-12, 1e-5]) if hugging_face else {}
+        return dict(eps=CONFIG["layer_norm_eps"]) if hugging_face else {}
     try:
-        values = CONFIG | json.loads(file.read_text())
+        values, size = json.loads(file.read_text()), SIZES[about["size"]]
         if not hugging_face:
             if "model_config" not in values:
                 return {}  # it says nothing of this file
-            values = CONFIG | values["model_config"]
-            values |= dict(image_size=values["img_size"], num_attention_heads=values["num_heads"])
-        side, eps = values["image_size"], values["layer_norm_eps"]
+            v2 = values["model_config"]
+            values = v2 | dict(image_size=v2["img_size"], num_attention_heads=v2["num_heads"])
+        values = CONFIG | values
+        side = values["image_size"]
         height, width = (side, side) if isinstance(side, int) else side
         more = dict(video_size=[values["num_frames"], height, width])
-        grid_of(more["video_size"], about["cube"])
-        more["eps"] = [float(eps), 1e-5 if hugging_face else float(eps)]  # the last is fixed there
         more |= {key: values[key] for key in ("stride", "sampling") if key in values}  # export.py
-        needed = dict(model_type="videomae", hidden_act="gelu", cos_attn=False)
-        needed["num_attention_heads"] = SIZES[about["size"]]["heads"]
-        if classes := about.get("classes"):
+        needed = dict(model_type="videomae", num_attention_heads=size["heads"])
+        if hugging_face:
+            more |= dict(eps=values["layer_norm_eps"], normalize=values["norm_pix_loss"])
+        if "decoder_depth" in about:
+            needed["decoder_num_attention_heads"] = size["decoder_heads"]
+        if "classes" in about:
             needed["use_mean_pooling"] = True  # without it the head reads the first token alone
-            more["classes"] = [values["id2label"].get(str(i), x) for i, x in enumerate(classes)]
-        elif "decoder_depth" in about:
-            needed["decoder_num_attention_heads"] = SIZES[about["size"]]["decoder_heads"]
-            more["normalize"] = values["norm_pix_loss"]
+            names = enumerate(about["classes"])
+            more["classes"] = [values["id2label"].get(str(i), name) for i, name in names]
         for name, value in needed.items():
             if values[name] != value:
                 raise ValueError(f"{name} is {values[name]}, only {value} can be used")
     except Exception as error:
-        raise ValueError(f"{file} does not fit: {' '.join(f'{error}'.split())[:200]}") from error
+        raise ValueError(f"{file} does not fit: {error}") from error
     return more
 
 
@@ -266,15 +253,15 @@ def about_config(path: Path, found: dict[str, Tensor], about: dict) -> dict:
 def build(Model: type[nn.Module], config: dict) -> nn.Module:
     """The model of a config: the arguments of Model, and perhaps "eps", which model.config keeps.
 
-    eps is [of all LayerNorms, of the last one before the head]. Hugging Face's are not the usual
-    ones: a property of weights, not of the method, so it is set from outside.
+    eps is Hugging Face's for LayerNorm. Theirs is fixed at 1e-5 in the last one before the head.
+    It is a property of weights, not of the method, so it is set from outside.
     """
     model = Model(**{key: value for key, value in config.items() if key != "eps"})
     if "eps" in config:
         for name, part in model.named_modules():
             if isinstance(part, nn.LayerNorm):
-                part.eps = config["eps"][name in ("decoder.norm", "fc_norm")]
-        model.config["eps"] = list(config["eps"])
+                part.eps = 1e-5 if name in ("decoder.norm", "fc_norm") else config["eps"]
+        model.config["eps"] = config["eps"]
     return model
 
 
@@ -287,31 +274,28 @@ def load_weights(model: nn.Module, state: dict, about: dict, least: float = 0.95
     """
     if not state:
         return "untrained"
-    own = {name: value for name, value in model.state_dict().items() if name not in POSITIONS}
+    positions, moved = place_positions(model, state, about)
+    own = model.state_dict()
+    decoders = ("decoder.norm.weight" in own, "decoder.norm.weight" in state)
+    remark = {(True, False): "decoder new", (False, True): "decoder left out"}.get(decoders)
+    apart = tuple(POSITIONS) if all(decoders) else (*POSITIONS, *DECODER)
+    own = {name: value for name, value in own.items() if not name.startswith(apart)}
+    state = {name: value for name, value in state.items() if not name.startswith(apart)}
+
     fits = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
-    both = "decoder.norm.weight" in state and "decoder.norm.weight" in own
-    needed = [k for k in own if k.startswith(("encoder.", "decoder.") if both else "encoder.")]
+    needed = [name for name in own if name.startswith(("encoder.", "decoder."))]
     missing = [name for name in needed if name not in fits]
     new = [name for name in own if name not in fits and name not in needed]
-    unused = [name for name in state if name not in own and name not in POSITIONS]
-    stacks = ("encoder.blocks.", "decoder.blocks.") if both else "encoder.blocks."
-    wrong = [k for k in missing if k in state] + [k for k in unused if k.startswith(stacks)]
+    unused = [name for name in state if name not in own]
+    other_shape = any(name in state for name in missing)
+    more = any(name.startswith(("encoder.blocks.", "decoder.blocks.")) for name in unused)
 
     report = [f"{len(fits)} of {len(own)} tensors matched"]
     for word, names in dict(missing=missing, new=new, unused=unused).items():
-        names = [name for name in names if both or not name.startswith(DECODER)]
-        some = names[:6] + ["..."] * (len(names) > 6)
-        for i, name in enumerate(some):
-            if name in own and name in state:
-                some[i] += f" {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        report.append(f"{len(names)} {word}" + (f" ({', '.join(some)})" if some else ""))
-    for remark, names in {"decoder new": new, "decoder left out": unused}.items():
-        if not both and any(name.startswith(DECODER) for name in names):
-            report.append(remark)
-    positions, moved = place_positions(model, state, about)
-    report = "; ".join(filter(None, [*report, moved, about.get("note"), about.get("unfinished")]))
+        report.append(f"{len(names)} {word}" + (f" ({', '.join(names[:6])})" if names else ""))
+    report = "; ".join(filter(None, [*report, remark, moved, about.get("note")]))
     share = 1 - len(missing) / len(needed)
-    if share < least or (least > 0 and wrong):
+    if share < least or (least > 0 and (other_shape or more)):
         raise ValueError(
             f"{share:.0%} of {len(needed)} tensors fit; {least:.0%} must, all in their shape, and "
             f"no more: take the size, cube and decoder depth of the weights. {report}"
@@ -326,19 +310,20 @@ def place_positions(model: nn.Module, state: dict, about: dict) -> tuple[dict[st
     So the same place in the picture keeps its code. Computing "1d" anew, as the official code does,
     moves every code but the first row's: the index of a row's start depends on the row's length.
     """
-    video, (t, h, w) = about.get("video_size", USUAL_VIDEO), model.encoder.grid
-    trained = grid_of(video, about.get("cube", model.encoder.cube))
-    clips = by(video) + ("" if "video_size" in about else " (assumed)")
     tables = {k: state[k] for k in POSITIONS if k in state and k in model.state_dict()}
+    if not tables:
+        return {}, ""
+    video, grid = about.get("video_size", USUAL_VIDEO), model.encoder.grid
+    trained = grid_of(video, about["cube"])
+    clips = by(video) + ("" if "video_size" in about else " (assumed)")
     if any(len(table) != math.prod(trained) for table in tables.values()):
         raise ValueError(f"the positions in the weights are not those of {clips}")
-    if trained == (t, h, w) or not tables:
+    if trained == grid:
         return tables, ""
     for name, table in tables.items():
-        table = table.T.unflatten(1, trained)[None]
-        table = F.interpolate(table, size=(t, h, w), mode="trilinear")
-        tables[name] = table[0].flatten(1).T
-    return tables, f"positions of {clips} interpolated to {t}x{h}x{w} cubes"
+        table = table.T.unflatten(1, trained)[None]  # (1, D, t, h, w)
+        tables[name] = F.interpolate(table, size=grid, mode="trilinear")[0].flatten(1).T
+    return tables, f"positions of {clips} interpolated to {by(grid)} cubes"
 
 
 def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | Classifier, dict]:
@@ -347,10 +332,7 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     With `classifier`, also that of weights with a trained head. ValueError for all others.
     """
     state, about = read_weights(path)
-    name = about.get("name", "videomae")
-    if name not in MODELS:
-        raise ValueError(f"{path} is of --model {name}, which lib/variants.py does not have")
-    Model, known = MODELS[name], dict(about)
+    Model, known = MODELS[about.get("name", "videomae")], dict(about)
     if classifier and "classes" in about:
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:
@@ -378,11 +360,8 @@ def init_model(model: VideoMAE, path: str | Path) -> str:
 
 
 def grid_of(video_size, cube) -> tuple[int, int, int]:
-    """Cubes along (time, rows, columns); ValueError where a side does not divide, or is absurd."""
-    sides = list(zip(video_size, cube, strict=True))
-    if any(side < edge or side % edge or side > 10_000 for side, edge in sides):
-        raise ValueError(f"clips of {by(video_size)} do not divide into cubes of {by(cube)}")
-    return tuple(side // edge for side, edge in sides)
+    """Cubes along (time, rows, columns)."""
+    return tuple(side // edge for side, edge in zip(video_size, cube, strict=True))
 
 
 def by(numbers) -> str:

@@ -9,13 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from lib import engine, export, variants, weights
 from lib.export import to_official
-from lib.weights import build, init_model, load_model, load_weights, read_weights, to_ours
+from lib.weights import build, init_model, load_model, load_weights, read_weights
 from masking import tube_mask
 from model import (
     IMAGENET_MEAN,
@@ -67,7 +69,6 @@ def mask():
 
 def hugging_face(kind, **more):
     """A model of toy size, with an eps that is nobody's default."""
-    transformers = pytest.importorskip("transformers")
     sizes = dict(
         image_size=32, patch_size=8, num_frames=8, tubelet_size=2,
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
@@ -99,7 +100,7 @@ def folder(tmp_path_factory):
 # Hugging Face
 
 
-@pytest.mark.parametrize("stored", ["folder", "shards", "file", "q_bias", "lightning"])
+@pytest.mark.parametrize("stored", ["folder", "shards", "file", "lightning"])
 def test_hugging_face_classifier(folder, tmp_path, stored):
     names = dict(enumerate(NAMES))
     theirs = hugging_face("VideoMAEForVideoClassification", id2label=names)
@@ -109,29 +110,20 @@ def test_hugging_face_classifier(folder, tmp_path, stored):
         assert len(list(path.glob("model-*.safetensors"))) > 1
     elif stored == "file":
         path = folder / "model.safetensors"
-    elif stored == "q_bias":  # the name in files; in modules it is query.bias since version 5
-        shutil.copy(folder / "config.json", path := tmp_path)
-        named = {
-            re.sub(r"(q|v)\w+\.bias$", r"\1_bias", k): v for k, v in theirs.state_dict().items()
-        }
-        torch.save(named, path / "pytorch_model.bin")
-        assert sum(name.endswith("q_bias") for name in named) == 4
     elif stored == "lightning":
         shutil.copy(folder / "config.json", tmp_path)
         named = {f"model.net.{name}": value for name, value in theirs.state_dict().items()}
         torch.save(dict(state_dict=named, epoch=3), path := tmp_path / "last.ckpt")
+        assert sum(name.endswith("query.bias") for name in named) == 4  # in files q_bias
     ours, about = load_model(path, classifier=True)
     assert about["classes"] == NAMES
     assert about["video_size"] == [8, 32, 32] and about["cube"] == [2, 8, 8]
-    assert load_weights(ours, *read_weights(path)).startswith(
-        "58 of 58 tensors matched; 0 missing; 0 new"
-    )
+    report = load_weights(ours, *read_weights(path))
+    assert report.startswith("58 of 58 tensors matched; 0 missing; 0 new")
     assert ours.fc_norm.eps == 1e-5 and ours.encoder.blocks[1].norm2.eps == 0.03
     with torch.no_grad():
         expected = theirs(normalized(clip())).logits
         torch.testing.assert_close(ours(clip()), expected, atol=1e-5, rtol=0)
-    again = build(Classifier, ours.config)  # as our own checkpoint would
-    assert again.config == ours.config and again.fc_norm.eps == 1e-5
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -154,25 +146,18 @@ def test_hugging_face_pretraining(tmp_path, normalize):
     [
         (dict(num_attention_heads=16), "num_attention_heads is 16, only 4 can be used"),
         (dict(use_mean_pooling=False), "use_mean_pooling is False"),
-        (dict(hidden_act="relu"), "hidden_act is relu"),
-        (dict(model_type="vit"), "model_type is vit"),
-        (dict(image_size=[8 * 10**8, 8]), "do not divide"),
-        (dict(image_size="32"), "config.json"),
-        (dict(image_size=[]), "config.json"),
+        (dict(model_type="vivit"), "model_type is vivit"),
+        (dict(image_size=[]), "config.json does not fit"),
         (dict(num_frames=3), "do not divide"),
-        (dict(layer_norm_eps="x"), "config.json"),
-        (dict(id2label=["a"]), "config.json"),
-        ([], "config.json"),
     ],
 )
 def test_configurations_that_do_not_fit_are_one_line(folder, tmp_path, change, words):
-    shutil.copytree(folder, copy := tmp_path / "copy")
-    config = json.loads((copy / "config.json").read_text())
-    text = json.dumps(config | change if isinstance(change, dict) else change)
-    (copy / "config.json").write_text(text)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=words) as caught:
-        read_weights(copy)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        load_model(tmp_path, classifier=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_to_be_installed_is_said(folder, tmp_path, monkeypatch):
@@ -213,20 +198,14 @@ def test_official_file(tmp_path, top):
     written = official_file(path, top, model, **SAID, sampling_rate=2, normlize_target=False)
     state, about = read_weights(path)
     assert about["size"] == "toy" and about["cube"] == [2, 8, 8] and about["decoder_depth"] == 2
-    found = {key: about.get(key) for key in ("video_size", "stride", "normalize")}
-    expected = dict(video_size=[8, 32, 32], stride=2, normalize=False)
-    assert found == (expected if top else dict.fromkeys(expected))
-    conv = written["encoder.patch_embed.proj.weight"]
-    assert conv.shape == (128, 3, 2, 8, 8)
-    bias = model.encoder.patch_embed.bias
-    embedded = F.conv3d(normalized(clip()).transpose(1, 2), conv, bias, (2, 8, 8))
-    expected = embedded.flatten(2).transpose(1, 2) + model.encoder.pos_embed
-    encoder = Encoder(128, 0, 4, **CLIPS, final_norm=False)
-    parts = {k[8:]: v for k, v in state.items() if "patch_embed" in k}
-    encoder.load_state_dict(parts | dict(pos_embed=encoder.pos_embed))
-    torch.testing.assert_close(encoder(clip()), expected, atol=1e-4, rtol=0)  # values up to 10
     if top:
+        assert about["stride"] == 2 and about["normalize"] is False
         same_outputs(path, model)
+    conv, bias = written["encoder.patch_embed.proj.weight"], model.encoder.patch_embed.bias
+    embedded = F.conv3d(normalized(clip()).transpose(1, 2), conv, bias, stride=(2, 8, 8))
+    expected = embedded.flatten(2).transpose(1, 2) + model.encoder.pos_embed
+    model.encoder.blocks, model.encoder.norm = nn.ModuleList(), nn.Identity()
+    torch.testing.assert_close(model.encoder(clip()), expected, atol=1e-4, rtol=0)  # up to 10
 
 
 @pytest.mark.parametrize("core", [b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"])
@@ -242,7 +221,7 @@ def test_a_float64_of_either_numpy_is_read(tmp_path, core):
     assert weights.read_files(path)["lr"] == 3e-4
 
 
-@pytest.mark.parametrize("value", [np.int64(3), np.zeros(2), np.datetime64("2020"), slice(3), len])
+@pytest.mark.parametrize("value", [np.zeros(2), np.datetime64("2020"), len])
 def test_no_other_class_is_allowed(tmp_path, value):
     torch.save(dict(model=to_official(classifier()), lr=value), tmp_path / "checkpoint.pth")
     with pytest.raises(ValueError, match="checkpoint.pth holds no weights that can be read"):
@@ -250,24 +229,19 @@ def test_no_other_class_is_allowed(tmp_path, value):
 
 
 @pytest.mark.parametrize("top", [("model", "model_ema"), ("model_ema",)])
-def test_averaged_weights_are_said(tmp_path, top):
+def test_averaged_weights_are_read_where_there_are_no_others(tmp_path, top):
     states = [to_official(classifier()), to_official(Classifier("toy", 3, **CLIPS))]
     torch.save(dict(zip(top, states, strict=False)), tmp_path / "checkpoint.pth")
-    state, about = read_weights(tmp_path / "checkpoint.pth")
+    state, _ = read_weights(tmp_path / "checkpoint.pth")
     assert torch.equal(state["head.weight"], states[0]["head.weight"])
-    note = "model_ema left out, weights under model" if len(top) == 2 else "weights under model_ema"
-    assert about["note"] == note
-    video = Classifier("toy", 3, (16, 224, 224), (2, 8, 8))  # what is assumed
-    assert load_weights(video, state, about).endswith(f"0 unused; {note}")
 
 
 def test_a_folder_of_deepspeed(tmp_path):
     model = classifier()
-    more = dict(param_shapes=[{"a": torch.Size([2])}], sparse_tensor_module_names=set(), epoch=3)
     half = {name: value.half() for name, value in to_official(model).items()}
-    torch.save(dict(module=half, **more), tmp_path / "mp_rank_00_model_states.pt")
-    state, about = read_weights(tmp_path)
-    assert about["size"] == "toy" and {value.dtype for value in state.values()} == {torch.float32}
+    content = dict(module=half, param_shapes=[{"a": torch.Size([2])}], sparse_tensors=set())
+    torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+    state, _ = read_weights(tmp_path)
     torch.testing.assert_close(state["head.weight"], model.head.weight.data, atol=1e-3, rtol=0)
 
 
@@ -287,35 +261,11 @@ def test_positions_of_an_official_file_are_those_of_its_own_clips(tmp_path, fram
     assert "positions of 16x224x224 (assumed) interpolated to 4x4x4 cubes" in report
 
 
-def test_learned_positions_of_an_official_file_are_kept(tmp_path):
-    model = mae()
-    state = to_official(model)
-    nn.init.normal_(model.encoder.pos_embed)
-    state["encoder.pos_embed"] = model.encoder.pos_embed[None]
-    torch.save(dict(model=state, args=argparse.Namespace(**SAID)), tmp_path / "learned.pth")
-    same_outputs(tmp_path / "learned.pth", model)
-    torch.save(dict(model=state), tmp_path / "silent.pth")
-    with pytest.raises(ValueError, match="not those of 16x224x224 .assumed"):
-        load_model(tmp_path / "silent.pth")
-
-
-@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
-@pytest.mark.parametrize("make", [mae, classifier])
-def test_round_trip_is_exact(make, prefix):
-    state = {name: value for name, value in make().state_dict().items() if "pos_embed" not in name}
-    again = {prefix + name: value for name, value in to_official(make()).items()}
-    again = to_ours(again, prefix)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
-
-
 def test_official_names_are_those_of_the_method():
-    pretrained, trained = to_official(mae()), to_official(classifier())
-    assert len(pretrained) == 218 - 8 * 13 - 2 * 13 and len(trained) == 162 - 8 * 13
     names = "mask_token encoder.norm.bias decoder.head.weight encoder_to_decoder.weight"
-    assert set(names.split()) < pretrained.keys()
+    assert {*names.split()} < to_official(mae()).keys()
     names = "patch_embed.proj.bias blocks.3.attn.q_bias blocks.0.mlp.fc1.weight fc_norm.bias"
-    assert set(names.split()) < trained.keys()
+    assert {*names.split()} < to_official(classifier()).keys()
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
@@ -325,7 +275,7 @@ def test_sizes_are_inferred_from_shapes(size):
     shape = (SIZES[size]["dim"], 3, 4, 16, 8)
     about = weights.about_shapes("x.pth", shape, state)
     assert about == dict(size=size, cube=[4, 16, 8], decoder_depth=3)
-    with pytest.raises(ValueError, match="blocks deep.*SIZES"):
+    with pytest.raises(ValueError, match="blocks deep to SIZES"):
         more = state | {"encoder.blocks.100.norm1.weight": torch.ones(1)}
         weights.about_shapes("x.pth", shape, more)
 
@@ -333,119 +283,84 @@ def test_sizes_are_inferred_from_shapes(size):
 # other projects
 
 
-def mmaction(model):
-    """The names of mmaction2, whose positions are in the file."""
-    state = {}
-    for name, value in to_official(model).items():
+def test_mmaction(tmp_path):
+    """Its names; positions are in the file, and may be learned ones."""
+    model = classifier()
+    official = to_official(model)
+    state = {"backbone.pos_embed": nn.init.normal_(model.encoder.pos_embed)[None]}
+    for name, value in official.items():
         name = name.replace("patch_embed.proj", "patch_embed.projection")
         name = name.replace("mlp.fc1", "mlp.layers.0.0").replace("mlp.fc2", "mlp.layers.1")
-        state["cls_head.fc_cls." + name[5:] if name.startswith("head.") else "backbone." + name] = (
-            value
-        )
-    return state | {"backbone.pos_embed": model.encoder.pos_embed[None]}
-
-
-def test_mmaction(tmp_path):
-    state = mmaction(model := classifier())
-    content = dict(meta=dict(epoch=3), state_dict=state, args=dict(SAID))  # args: for short clips
-    torch.save(content, tmp_path / "vit.pth")
+        state[f"backbone.{name}".replace("backbone.head", "cls_head.fc_cls")] = value
+    torch.save(dict(state_dict=state, args=SAID), tmp_path / "vit.pth")  # args: for short clips
     about = same_outputs(tmp_path / "vit.pth", model)
     assert about["classes"] == ["class 0", "class 1", "class 2"]
+    torch.save(dict(state_dict=state), tmp_path / "silent.pth")
+    with pytest.raises(ValueError, match="not those of 16x224x224 .assumed"):
+        load_model(tmp_path / "silent.pth", classifier=True)
 
 
 @pytest.mark.parametrize("make", [mae, classifier])
-@pytest.mark.parametrize("prefix", ["model.", "encoder.encoder."])
+@pytest.mark.parametrize("prefix", ["model.", "encoder.encoder.", "module._orig_mod."])
 def test_lightning(tmp_path, make, prefix):
     state = {prefix + name: value for name, value in to_official(make()).items()}
     state |= {"criterion.weight": torch.ones(3)}
     content = dict(state_dict=state, hyper_parameters=dict(lr=1e-3), args=dict(SAID))
     torch.save(content, tmp_path / "last.ckpt")
     same_outputs(tmp_path / "last.ckpt", make())
-    assert "1 unused (criterion.weight)" in load_weights(
-        make(), *read_weights(tmp_path / "last.ckpt")
-    )
-
-
-V2 = dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4, tubelet_size=2,
-          layer_norm_eps=1e-6, num_frames=8, cos_attn=False, use_mean_pooling=True)  # fmt: skip
+    report = load_weights(make(), *read_weights(tmp_path / "last.ckpt"))
+    assert "1 unused (criterion.weight)" in report
 
 
 def test_folder_of_videomae_v2(tmp_path):
     """Encoder and fc_norm under `model.`, no head."""
-    save_file = pytest.importorskip("safetensors.torch").save_file
     model = classifier()
     state = {f"model.{k}": v for k, v in to_official(model).items() if not k.startswith("head")}
-    save_file(state, tmp_path / "model.safetensors")
-    config = dict(model_type="VideoMAEv2_Base", auto_map={}, model_config=V2)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    said = dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4, tubelet_size=2,
+                layer_norm_eps=1e-6, num_frames=8, cos_attn=False)  # fmt: skip
+    config = dict(model_type="VideoMAEv2_Base", auto_map={}, model_config=said)
     (tmp_path / "config.json").write_text(json.dumps(config))
     state, about = read_weights(tmp_path)
-    assert about["video_size"] == [8, 32, 32] and about["eps"] == [1e-6, 1e-6]
+    assert about["video_size"] == [8, 32, 32]
     new = Classifier("toy", 5, **CLIPS)
     assert "56 of 58 tensors matched; 0 missing; 2 new" in load_weights(new, state, about)
     assert torch.equal(new.encoder(clip()), model.encoder(clip()))
-    config["model_config"] = V2 | dict(cos_attn=True)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="cos_attn is True"):
-        read_weights(tmp_path)
 
 
 # models for images
 
 
-def image_vit(kind):
+def image_vit(kind, folder=None):
     """Files of image models of toy size, 32x32 pixels in patches of 8: mae, timm, google."""
     torch.manual_seed(0)
     if kind == "google":
-        transformers = pytest.importorskip("transformers")
         sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
         more = dict(intermediate_size=512, image_size=32, patch_size=8)
         model = scramble(transformers.ViTModel(transformers.ViTConfig(**sizes, **more)))
-        names = {  # modules have other names than files since version 5
-            "layers.": "encoder.layer.", "attention.": "attention.attention.",
-            "attention.attention.o_proj": "attention.output.dense",
-            "q_proj": "query", "k_proj": "key", "v_proj": "value",
-            "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-        }  # fmt: skip
-        state = model.state_dict()
-        if "layers.0.attention.q_proj.weight" in state:
-            for old, new in names.items():
-                state = {name.replace(old, new): value for name, value in state.items()}
-        return state
-    shapes = {"cls_token": (1, 1, 128), "pos_embed": (1, 17, 128), "norm.weight": (128,)}
-    shapes |= {"norm.bias": (128,), "patch_embed.proj.weight": (128, 3, 8, 8)}
-    shapes |= {"patch_embed.proj.bias": (128,)}
-    for stack, width, number in [("blocks", 128, 4)] + [("decoder_blocks", 96, 2)] * (
-        kind == "mae"
-    ):
-        layers = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
-        for i in range(number):
-            for layer, (rows, columns) in layers.items():
-                shapes[f"{stack}.{i}.{layer}.weight"] = (rows * width, columns * width)
-                shapes[f"{stack}.{i}.{layer}.bias"] = (rows * width,)
-            for part in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
-                shapes[f"{stack}.{i}.{part}"] = (width,)
+        model.save_pretrained(folder)
+        return safetensors.torch.load_file(folder / "model.safetensors")
+    state = {k[8:]: v for k, v in to_official(mae()).items() if k.startswith("encoder.")}
+    shapes = {"cls_token": (1, 1, 128), "pos_embed": (1, 17, 128)}
+    shapes["patch_embed.proj.weight"] = (128, 3, 8, 8)
+    for i in range(4):
+        shapes[f"blocks.{i}.attn.qkv.bias"] = (384,)
+        del state[f"blocks.{i}.attn.q_bias"], state[f"blocks.{i}.attn.v_bias"]
     if kind == "mae":
         shapes |= {"mask_token": (1, 1, 96), "decoder_embed.weight": (96, 128)}
-        shapes |= {"decoder_pos_embed": (1, 17, 96)}
+        shapes |= {"decoder_pos_embed": (1, 17, 96), "decoder_blocks.0.norm1.weight": (96,)}
     else:
         shapes |= {"head.weight": (3, 128), "head.bias": (3,)}
-    return {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    return state | {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
 
 
-LEFT = {
-    "mae": "cls_token, decoder_blocks, decoder_embed, decoder_pos_embed, mask_token, pos_embed",
-    "timm": "cls_token, head, pos_embed",
-    "google": "cls_token, pooler, position_embeddings",
-}
-
-
-@pytest.mark.parametrize("kind", list(LEFT))
+@pytest.mark.parametrize("kind", ["mae", "timm", "google"])
 def test_image_weights_fill_the_encoder_alone(tmp_path, kind):
-    state, model = image_vit(kind), VideoMAE("toy", **CLIPS)
+    state, model = image_vit(kind, tmp_path), VideoMAE("toy", **CLIPS)
     torch.save({"model": state} if kind == "mae" else state, tmp_path / "vit.pth")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found, about = read_weights(tmp_path / "vit.pth")
-    note = f"image model inflated to cubes, without {LEFT[kind]}"
+    note = "image model inflated to cubes, its encoder alone"
     assert about == dict(size="toy", cube=[2, 8, 8], note=note)
     report = load_weights(model, found, about)
     assert "0 missing; 0 new; 0 unused; decoder new" in report and note in report
@@ -466,28 +381,16 @@ def test_image_weights_fill_the_encoder_alone(tmp_path, kind):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # values up to 10
 
 
-@pytest.mark.parametrize("kind", ["timm", "google"])
-def test_leaving_out_the_key_bias_changes_nothing(kind):
-    state, model = image_vit(kind), VideoMAE("toy", **CLIPS)
-    load_weights(
-        model, {k: v for k, v in to_ours(state).items() if k.startswith("encoder.b")}, {}, 0
-    )
+def test_leaving_out_the_key_bias_changes_nothing(tmp_path):
+    state, model = image_vit("timm"), VideoMAE("toy", **CLIPS)
+    torch.save(state, tmp_path / "vit.pth")
+    load_weights(model, *read_weights(tmp_path / "vit.pth"))
+    attn = {k[14:]: v for k, v in state.items() if k.startswith("blocks.3.attn.")}
+    theirs = nn.MultiheadAttention(128, 4, batch_first=True)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = attn["qkv.weight"], attn["qkv.bias"]
+    theirs.out_proj.weight.data, theirs.out_proj.bias.data = attn["proj.weight"], attn["proj.bias"]
     x = torch.randn(2, 5, 128)
-    if kind == "timm":
-        qkv = [state[f"blocks.3.attn.qkv.{part}"] for part in ("weight", "bias")]
-        proj = [state[f"blocks.3.attn.proj.{part}"] for part in ("weight", "bias")]
-    else:
-        attention = "encoder.layer.3.attention."
-        qkv = [
-            torch.cat(
-                [state[f"{attention}attention.{x}.{part}"] for x in ("query", "key", "value")]
-            )
-            for part in ("weight", "bias")
-        ]
-        proj = [state[f"{attention}output.dense.{part}"] for part in ("weight", "bias")]
-    q, k, v = F.linear(x, *qkv).view(2, 5, 3, 4, 32).permute(2, 0, 3, 1, 4)
-    attention = (q @ k.mT / 32**0.5).softmax(dim=-1) @ v
-    expected = F.linear(attention.transpose(1, 2).flatten(2), *proj)
+    expected = theirs(x, x, x)[0]
     torch.testing.assert_close(model.encoder.blocks[3].attn(x), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -511,7 +414,7 @@ def test_our_pretraining_checkpoint(tmp_path, name):
     for given in (path, tmp_path):
         again, about = load_model(given)
         assert type(again) is type(model) and again.config == model.config
-        assert about["stride"] == 2 and about["unfinished"] == "unfinished: step 3 of 9"
+        assert about["stride"] == 2 and about["note"] == "unfinished: step 3 of 9"
     state, about = read_weights(path)
     report = load_weights(Classifier("toy", 5, **CLIPS, positions="3d"), state, about)
     assert "0 missing; 4 new" in report and "step 3 of 9" in report
@@ -519,11 +422,11 @@ def test_our_pretraining_checkpoint(tmp_path, name):
 
 
 def test_our_classifier_has_no_decoder_and_keeps_its_eps(tmp_path):
-    model = build(Classifier, dict(size="toy", classes=3, eps=[0.03, 1e-5], **CLIPS)).eval()
+    model = build(Classifier, dict(size="toy", classes=3, eps=0.03, **CLIPS)).eval()
     path = our_checkpoint(tmp_path / "checkpoint.pt", model, stride=3, sampling="uniform")
     about = same_outputs(path, model)
-    assert about["classes"] == NAMES and about["eps"] == [0.03, 1e-5]
-    assert about["stride"] == 3 and about["sampling"] == "uniform" and "unfinished" not in about
+    assert about["classes"] == NAMES and about["eps"] == 0.03
+    assert about["stride"] == 3 and about["sampling"] == "uniform" and "note" not in about
     with pytest.raises(ValueError, match="checkpoint.pt has no decoder"):
         load_model(path)
 
@@ -532,9 +435,8 @@ def test_our_classifier_has_no_decoder_and_keeps_its_eps(tmp_path):
 def test_pretraining_goes_on_from_weights_with_a_decoder(tmp_path, into):
     """It is taken where it is the same, and stays new, which is said, where it is another one."""
     official_file(tmp_path / "a.pth", "model", model := mae(), **SAID)
-    how = CLIPS | dict(deeper=dict(decoder_depth=3), larger=dict(video_size=(8, 64, 64))).get(
-        into, {}
-    )
+    changes = dict(deeper=dict(decoder_depth=3), larger=dict(video_size=(8, 64, 64)))
+    how = CLIPS | changes.get(into, {})
     new = variants.MODELS.get(into, VideoMAE)("toy", **how)
     before = {name: value.clone() for name, value in new.state_dict().items()}
     report = init_model(new, tmp_path / "a.pth")
@@ -556,8 +458,6 @@ def test_pretraining_goes_on_from_an_encoder_alone(tmp_path):
     official_file(tmp_path / "a.pth", "model", classifier(), **SAID)
     report = init_model(VideoMAE("toy", **CLIPS), tmp_path / "a.pth")
     assert "2 missing (encoder.norm.weight, encoder.norm.bias)" in report
-    with pytest.raises(ValueError, match="patch_embed.weight .* instead of"):
-        init_model(VideoMAE("toy", (8, 32, 32), (2, 16, 16)), tmp_path / "a.pth")
 
 
 # out again
@@ -565,9 +465,8 @@ def test_pretraining_goes_on_from_an_encoder_alone(tmp_path):
 
 @pytest.mark.parametrize("make", [mae, classifier])
 @pytest.mark.parametrize("untrained", [True, False])
-def test_written_for_hugging_face(tmp_path, capsys, make, untrained):
-    """Its own classes load all of it, and compute the same, also where eps had to change."""
-    transformers = pytest.importorskip("transformers")
+def test_written_for_hugging_face(tmp_path, make, untrained):
+    """Its own classes load all of it, and compute the same, though the last eps is another."""
     model = make(normalize=False) if make is mae else make(init_scale=1.0)
     if untrained:  # variances are small, so that eps matters more
         torch.manual_seed(3)
@@ -575,7 +474,6 @@ def test_written_for_hugging_face(tmp_path, capsys, make, untrained):
     path = our_checkpoint(tmp_path / "a.pt", model, stride=4)
     out = tmp_path / "folder"
     export.main([str(path), "--hugging-face", str(out)])
-    assert "eps is 1e-05 there, not 1e-06" in capsys.readouterr().out
     kind = "ForPreTraining" if make is mae else "ForVideoClassification"
     kind = getattr(transformers, f"VideoMAE{kind}")
     again, info = kind.from_pretrained(out, output_loading_info=True)
@@ -587,14 +485,11 @@ def test_written_for_hugging_face(tmp_path, capsys, make, untrained):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     about = same_outputs(out, model, atol=1e-5)
     assert about["stride"] == 4 and about.get("classes", NAMES) == NAMES
-    export.main([str(out), "--hugging-face", str(tmp_path / "again")])
-    assert "nothing is lost" in capsys.readouterr().out
     with pytest.raises(ValueError, match="folder exists: name a new one"):
         export.main([str(path), "--hugging-face", str(out)])
 
 
 def test_pipeline_predicts_offline(tmp_path, toy, monkeypatch):
-    transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = classifier()
     path = our_checkpoint(tmp_path / "a.pt", model)
@@ -629,7 +524,7 @@ def test_written_for_the_official_code(tmp_path, capsys, make, monkeypatch):
 
 def test_the_official_code_has_another_eps_and_it_is_said(folder, tmp_path, capsys):
     export.main([str(folder), "--official", str(tmp_path / "new" / "b.pth")])
-    assert "eps is 1e-06 there, not [0.03, 1e-05]" in capsys.readouterr().out
+    assert "eps is 1e-06 there, not 0.03" in capsys.readouterr().out
 
 
 def test_what_others_lack_is_not_exported():
@@ -659,13 +554,11 @@ def test_pretrained_weights_fill_a_classifier_but_for_its_head():
         assert torch.equal(value, source[name]), name
 
 
-def test_head_is_loaded_if_the_classes_agree():
-    trained, same, other = classifier(), *(Classifier("toy", n, **CLIPS) for n in (3, 4))
-    assert "0 new" in load_weights(same, trained.state_dict(), dict(CLIPS))
-    assert torch.equal(same.eval()(clip()), trained(clip()))
-    report = load_weights(other, trained.state_dict(), dict(CLIPS))
-    assert "2 new (head.weight (3, 128) instead of (4, 128), head.bias (3,)" in report
-    assert torch.equal(other.fc_norm.weight, trained.fc_norm.weight)
+def test_a_head_of_another_number_of_classes_stays_new():
+    trained, new = classifier(), Classifier("toy", 4, **CLIPS)
+    report = load_weights(new, trained.state_dict(), dict(CLIPS))
+    assert "2 new (head.weight, head.bias)" in report
+    assert torch.equal(new.fc_norm.weight, trained.fc_norm.weight)
 
 
 def test_too_few_matches_are_refused_and_change_nothing():
@@ -683,8 +576,7 @@ def test_too_few_matches_are_refused_and_change_nothing():
 def test_another_cube_decoder_or_block_is_refused_though_few_tensors_differ():
     state, about = mae().state_dict(), dict(CLIPS)
     other = Classifier("toy", 5, (8, 32, 32), (2, 16, 16))
-    words = r"patch_embed.weight \(128, 384\) instead of \(128, 1536\)"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="1 missing .encoder.patch_embed.weight"):
         load_weights(other, state, about)
     assert "1 missing" in load_weights(other, state, about, least=0)
     for depth in (1, 4):
@@ -703,43 +595,33 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-FILES = ["bad.pth", "folder/pytorch_model.bin", "folder/checkpoint.pt", "old.pth", "a.safetensors"]
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["bad.pth", "old.pth", "pytorch_model.bin", "checkpoint.pt"])
 def test_code_in_a_file_is_not_run(tmp_path, name):
     path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
     args = argparse.Namespace(x=Malicious(tmp_path / "ran"))
     content = dict(model={"a": torch.ones(2)}, args=args)
     torch.save(content, path, _use_new_zipfile_serialization="old" not in name)
-    given = path.parent if "folder" in name else path
+    given = path if path.suffix == ".pth" else tmp_path
     with pytest.raises(ValueError, match="would run .*mkdir|no weights that can be read") as caught:
         read_weights(given)
     assert str(given) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
-    if path.suffix != ".safetensors":
-        torch.load(path, weights_only=False)
-        assert (tmp_path / "ran").exists()  # it would have
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
 
 
-KINDS = "missing empty text truncated number list tensors folder other".split()
-
-
-@pytest.mark.parametrize("content", KINDS)
+@pytest.mark.parametrize("content", "missing text truncated number list tensors other".split())
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_what_is_no_weights_is_refused_in_one_line_with_its_path(tmp_path, content, name):
     path, saved = tmp_path / name, {"number": 3, "tensors": {"model": {"epoch": 3}}, "list": [3]}
-    saved["truncated"] = {"model": {"a": torch.ones(2000)}}
     saved["other"] = {"fc.weight": torch.ones(2, 2), "layers.0.ln1.bias": torch.ones(2)}
     if content in saved:
         torch.save(saved[content], path)
-    elif content == "folder":
-        path.mkdir()
-    elif content != "missing":
-        path.write_text("These are no weights.\n" * (content == "text"))
-    if content == "truncated":
+    elif content == "truncated":
+        torch.save({"model": {"a": torch.ones(2000)}}, path)
         path.write_bytes(path.read_bytes()[:3000])
+    elif content == "text":
+        path.write_text("These are no weights.\n")
     with pytest.raises(ValueError, match=name) as caught:
         read_weights(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250 + len(str(path))
@@ -750,7 +632,7 @@ def test_what_is_no_weights_is_refused_in_one_line_with_its_path(tmp_path, conte
 # positions on another grid
 
 
-def moved(kind, trained, grid, dim=64):
+def moved(kind, trained, grid, dim=192):
     """The table of a grid, interpolated for another one."""
     encoder = Encoder(dim, 0, 1, grid, (1, 1, 1), kind, final_norm=False)
     model = nn.ModuleDict(dict(encoder=encoder))
@@ -765,16 +647,6 @@ def places(grid):
 
 
 @pytest.mark.parametrize("kind", ["1d", "3d"])
-def test_positions_of_a_finer_grid_average_to_the_trained_ones(kind):
-    trained, finer = position_table((4, 6, 6), 64, kind), moved(kind, (4, 6, 6), (4, 12, 12))
-    assert torch.equal(moved(kind, (4, 6, 6), (4, 6, 6)), trained)
-    finer_video = finer.view(1, 4, 12, 12, 64).movedim(4, 1)
-    average = F.avg_pool3d(finer_video, (1, 2, 2)).movedim(1, 4).view(-1, 64)
-    assert F.cosine_similarity(average, trained).min() > 0.98
-    assert torch.cdist(finer, finer).fill_diagonal_(1).min() > 0.1  # no two cubes share a code
-
-
-@pytest.mark.parametrize("kind", ["1d", "3d"])
 @pytest.mark.parametrize("grid", [(8, 7, 7), (16, 14, 14), (8, 14, 20)])
 def test_the_same_place_keeps_its_code_on_another_grid(kind, grid):
     """The trained code nearest to a cube's is that of a cube at most half a cube away."""
@@ -785,7 +657,8 @@ def test_the_same_place_keeps_its_code_on_another_grid(kind, grid):
         cubes = (nearest - places(grid)).abs() * torch.tensor([8, 14, 14])
         return cubes.mean(dim=0).max()
 
-    assert distance(moved(kind, (8, 14, 14), grid, 192)) < 0.51
+    assert torch.equal(moved(kind, (8, 14, 14), (8, 14, 14)), trained)
+    assert distance(moved(kind, (8, 14, 14), grid)) < 0.51
     assert distance(position_table(grid, 192, kind)) > 1.5  # computed anew
 
 
@@ -798,13 +671,3 @@ def test_interpolated_positions_survive_our_checkpoint(tmp_path):
     again, _ = load_model(path, classifier=True)
     assert torch.equal(again.encoder.pos_embed, larger.encoder.pos_embed)
     assert not torch.equal(again.encoder.pos_embed, position_table((4, 8, 8), 128, "1d"))
-
-
-def test_a_variant_that_is_gone_is_one_line(tmp_path):
-    """One's own subclass, taken out of lib/variants.py after training."""
-    model = VideoMAE("toy", (4, 32, 32), (2, 8, 8))
-    config = dict(model=model.config, flags=dict(model="hog"))
-    state = dict(stage="pretrain", config=config, step=1, steps=1, model=model.state_dict())
-    torch.save(state, tmp_path / "hog.pt")
-    with pytest.raises(ValueError, match="^.*hog.pt is of --model hog, which lib/variants.py"):
-        load_model(tmp_path / "hog.pt")
