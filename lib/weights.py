@@ -39,9 +39,9 @@ POSITIONS = {
 DECODER = ("decoder", "encoder_to_decoder", "mask_token")  # its tensors' names begin so
 # Hugging Face's values where config.json says nothing.
 CONFIG = dict(
-    model_type="videomae", num_frames=16, image_size=224, layer_norm_eps=1e-12,
+    model_type="videomae", num_frames=16, image_size=224, hidden_act="gelu", layer_norm_eps=1e-12,
     num_attention_heads=12, decoder_num_attention_heads=6, use_mean_pooling=True,
-    norm_pix_loss=True, id2label={},
+    norm_pix_loss=True, id2label={}, cos_attn=False,
 )  # fmt: skip
 
 # The kernel that embeds cubes or patches. What stands before it, group 1, are wrappers' names.
@@ -80,7 +80,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     content = read_files(path)
     if "stage" in content:
         return content["model"], about_ours(path, content)
-    found = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
+    parts = [part for part in PARTS if isinstance(content.get(part), dict)]
+    found = content[parts[0]] if parts else content
     found = {str(name): x.float() for name, x in found.items() if isinstance(x, Tensor)}
     kernels = (re.fullmatch(KERNEL, name) for name, x in found.items() if x.ndim in (4, 5))
     kernel = next(filter(None, kernels), None)
@@ -101,6 +102,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     for name, weight in POSITIONS.items():
         if weight in state:
             state.setdefault(name, position_table(grid, len(state[weight]), "1d"))
+    if any("ema" in part for part in parts):
+        about["note"] = f"weights under {' rather than '.join(parts)}"
     return state, about | dict(positions="1d")
 
 
@@ -230,9 +233,12 @@ def about_config(path: Path, found: dict[str, Tensor], about: dict) -> dict:
         height, width = (side, side) if isinstance(side, int) else side
         more = dict(video_size=[values["num_frames"], height, width])
         more |= {key: values[key] for key in ("stride", "sampling") if key in values}  # export.py
-        needed = dict(model_type="videomae", num_attention_heads=size["heads"])
+        needed = dict(model_type="videomae", hidden_act="gelu", cos_attn=False)
+        needed["num_attention_heads"] = size["heads"]
         if hugging_face:
             more |= dict(eps=values["layer_norm_eps"], normalize=values["norm_pix_loss"])
+        else:
+            needed["layer_norm_eps"] = 1e-6  # ours
         if "decoder_depth" in about:
             needed["decoder_num_attention_heads"] = size["decoder_heads"]
         if "classes" in about:
@@ -332,7 +338,10 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     With `classifier`, also that of weights with a trained head. ValueError for all others.
     """
     state, about = read_weights(path)
-    Model, known = MODELS[about.get("name", "videomae")], dict(about)
+    name = about.get("name", "videomae")
+    if name not in MODELS:
+        raise ValueError(f"{path} is of --model {name}, which lib/variants.py does not have")
+    Model, known = MODELS[name], dict(about)
     if classifier and "classes" in about:
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:

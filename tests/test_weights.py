@@ -146,6 +146,7 @@ def test_hugging_face_pretraining(tmp_path, normalize):
     [
         (dict(num_attention_heads=16), "num_attention_heads is 16, only 4 can be used"),
         (dict(use_mean_pooling=False), "use_mean_pooling is False"),
+        (dict(hidden_act="relu"), "hidden_act is relu"),
         (dict(model_type="vivit"), "model_type is vivit"),
         (dict(image_size=[]), "config.json does not fit"),
         (dict(num_frames=3), "do not divide"),
@@ -232,8 +233,9 @@ def test_no_other_class_is_allowed(tmp_path, value):
 def test_averaged_weights_are_read_where_there_are_no_others(tmp_path, top):
     states = [to_official(classifier()), to_official(Classifier("toy", 3, **CLIPS))]
     torch.save(dict(zip(top, states, strict=False)), tmp_path / "checkpoint.pth")
-    state, _ = read_weights(tmp_path / "checkpoint.pth")
+    state, about = read_weights(tmp_path / "checkpoint.pth")
     assert torch.equal(state["head.weight"], states[0]["head.weight"])
+    assert about["note"] == f"weights under {' rather than '.join(top)}"
 
 
 def test_a_folder_of_deepspeed(tmp_path):
@@ -326,6 +328,14 @@ def test_folder_of_videomae_v2(tmp_path):
     new = Classifier("toy", 5, **CLIPS)
     assert "56 of 58 tensors matched; 0 missing; 2 new" in load_weights(new, state, about)
     assert torch.equal(new.encoder(clip()), model.encoder(clip()))
+    for change, words in (
+        (dict(cos_attn=True), "cos_attn is True"),
+        (dict(layer_norm_eps=1e-5), "eps"),
+    ):
+        config["model_config"] = said | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words):
+            read_weights(tmp_path)
 
 
 # models for images
@@ -671,3 +681,13 @@ def test_interpolated_positions_survive_our_checkpoint(tmp_path):
     again, _ = load_model(path, classifier=True)
     assert torch.equal(again.encoder.pos_embed, larger.encoder.pos_embed)
     assert not torch.equal(again.encoder.pos_embed, position_table((4, 8, 8), 128, "1d"))
+
+
+def test_a_variant_that_is_gone_is_one_line(tmp_path):
+    """One's own subclass, taken out of lib/variants.py after training."""
+    model = VideoMAE("toy", (4, 32, 32), (2, 8, 8))
+    config = dict(model=model.config, flags=dict(model="hog"))
+    state = dict(stage="pretrain", config=config, step=1, steps=1, model=model.state_dict())
+    torch.save(state, tmp_path / "hog.pt")
+    with pytest.raises(ValueError, match="^.*hog.pt is of --model hog, which lib/variants.py"):
+        load_model(tmp_path / "hog.pt")
