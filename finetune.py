@@ -14,7 +14,6 @@ predicted.csv. The loss falls from log(classes), with mixup to well above 0. UCF
 """
 
 import re
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -356,13 +355,12 @@ def main(argv: list[str]) -> None:
             visualize.plot_log(folder)
         epoch, rest = divmod(step + 1, run.per_epoch)
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:
-            began = time.time()
             views = evaluate.WindowViews(watched.paths, replace(cfg, clips=1, crops=1))
             found, unreadable = evaluate.each_video(model, views, cfg, device)
             labels = [watched.labels[i] for i in found]
             top1 = evaluate.accuracies(torch.stack([*found.values()]), labels)["top1"]
             run.log.write(step=step + 1, top1=top1, unreadable=len(unreadable))
-            run.log.time += time.time() - began  # it does not count as time of training
+            model.train()
 
     run.close()
     score_test(model, test, cfg, folder, device)

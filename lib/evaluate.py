@@ -66,9 +66,8 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
 def cut(path: Path, every: float | None) -> list[Window]:
     """A film in windows of `every` seconds, at least a frame; the last one is what is left.
 
-    Second s is frame floor(s * rate), where `rate` is the file's average of frames per second: in a
-    film of varying rate, windows are equal in frames. One window, if `every` is None or the file
-    cannot be read.
+    Second s is frame floor(s * rate), where `rate` is the file's average of frames per second. One
+    window, if `every` is None or the file cannot be read.
     """
     about, totals = Probe(), []
     if every:
@@ -136,14 +135,6 @@ def stamp(path: str | Path) -> str:
     return f"{path} {about and (about.st_size, about.st_mtime_ns)}"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A text that changes with any weight."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # Flags that decide what the test views are.
 VIEWS = "frames stride sampling resolution clips crops augment".split()
 
@@ -155,11 +146,13 @@ def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None 
     The output is a classifier's softmax (K, classes), or the mean of an encoder's tokens (K, D).
     Outputs are kept in the file `path`, and taken from there where weights, flags and the item's
     key are the same. It is written at the end, also after Ctrl-C, and every ten minutes. Processes
-    share the work, and all get all outputs.
+    share the work, and all get all outputs. The model stays in evaluation mode.
     """
     dtype, kept, errors, saved = engine.precision_dtype(cfg.precision, device), {}, {}, time.time()
     about = f"{[getattr(cfg, key) for key in VIEWS]} {dtype} {device}"
-    about += fingerprint(model) if path else ""
+    if path:
+        weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
+        about += hashlib.sha256(weights).hexdigest()
 
     def save() -> None:
         if path and kept and engine.rank() == 0:
@@ -172,7 +165,6 @@ def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None 
     todo = [i for i in mine if views.keys[i] not in kept]
     batches, pin = [[i] for i in todo], device.type == "cuda"
     loader = make_loader(views, batches, cfg.workers, pin, collate=itemgetter(0))
-    training = model.training
     model.eval()
     try:
         items = engine.progress("videos", len(todo), loader, leave=False)
@@ -198,7 +190,6 @@ def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None 
         sys.exit(130)
     finally:
         save()
-    model.train(training)
     return {i: kept[key] for i, key in enumerate(views.keys) if key in kept}, errors
 
 
@@ -229,7 +220,7 @@ def knn(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tensor:
     """Scores (videos, classes) of features (videos, D): votes of the k nearest training videos.
 
     Nearest by cosine; a vote weighs exp(cosine / 0.07), as in Wu et al. 2018 and DINO (k = 20).
-    Nothing is trained or tuned. The scores of a video sum to 1.
+    The scores of a video sum to 1.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     near, places = (test @ train.T).topk(min(k, len(train)))
