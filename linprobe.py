@@ -41,7 +41,7 @@ class Config(finetune.ClipConfig):
     base_lrs: tuple[float, ...] = opt((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "to choose from, batch 256")
     warmup: float = opt(10, "epochs of linear warm-up", 0)
     # features
-    features: str | None = opt(None, "write the features of all videos, or of --videos, here: .npz")
+    features: str | None = opt(None, "write the features of --videos here, .npz")
     videos: tuple[str, ...] | None = opt(None, "files, folders, globs or lists, for --features")
 
 
@@ -84,17 +84,18 @@ class RandomViews(Videos):
         return next(iter(unreadable.values()), views)
 
 
-def write_features(encoder, cfg: Config, *how) -> None:
+def write_features(encoder, cfg: Config, device, path: Path) -> None:
     """Write what --features asks for: paths, starts in seconds, features (videos, D) float32.
 
-    Exit code 1, at the end, where some videos cannot be read. `how`: as each_video takes it.
+    They are also kept in the file `path`. Exit code 1, at the end, where videos cannot be read.
     """
-    paths, wrong = evaluate.find_videos(cfg.videos or [cfg.data or "--data"], cfg.data)
+    paths, wrong = evaluate.find_videos(cfg.videos, cfg.data)
     windows = [window for path in paths for window in evaluate.cut(path, cfg.every)]
-    found, errors = each_video(encoder, WindowViews(windows, cfg), cfg, *how)
+    found, errors = each_video(encoder, WindowViews(windows, cfg), cfg, device, path)
     if found:
         paths, starts = [str(windows[i].path) for i in found], [windows[i].start for i in found]
         features = torch.stack([*found.values()]).mean(dim=1)
+        Path(cfg.features).parent.mkdir(parents=True, exist_ok=True)
         np.savez(cfg.features, paths=paths, starts=starts, features=features)
         print(f"wrote {cfg.features}: {len(features)} videos, {features.shape[1]} features each")
     evaluate.name_wrong([*wrong, *errors.values()])
@@ -156,9 +157,8 @@ def main(argv: list[str]) -> None:
     device = engine.setup(cfg.device)
     if engine.processes() > 1:
         raise ValueError("linprobe.py runs in one process: start it with python, not torchrun")
-    out = Path(cfg.features or "out.npz")
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"--features {out} must be an .npz file in a folder that exists")
+    if bool(cfg.features) != bool(cfg.videos):
+        raise ValueError("--features FILE.npz and --videos go together")
     torch.manual_seed(cfg.seed)
     cfg, model = make_encoder(cfg, preset)
     encoder = speed.place(model, device)["encoder"]
