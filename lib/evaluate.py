@@ -149,8 +149,10 @@ def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None 
     dtype, kept, errors, saved = engine.precision_dtype(cfg.precision, device), {}, {}, time.time()
     about = f"{[getattr(cfg, key) for key in VIEWS]} {dtype} {device}"
     if path:
-        weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
-        about += hashlib.sha256(weights).hexdigest()
+        digest = hashlib.sha256()
+        for tensor in model.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        about += digest.hexdigest()
 
     def save() -> None:
         if path and kept and engine.rank() == 0:
