@@ -13,11 +13,9 @@ predicted.csv. The loss falls from log(classes), with mixup to well above 0. UCF
 3,200 epochs before (paper).
 """
 
-import json
 import re
-import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,9 +28,9 @@ from torchvision.transforms import v2
 
 import visualize
 from data import SAMPLING, TOY, Split, Videos, finetune_transform, make_loader, read_split
-from lib import engine, prepare, speed
+from lib import engine, evaluate, prepare, speed
 from lib.engine import opt
-from lib.evaluate import accuracies, fit_classes, predict, score_videos, stack, top_five, write_csv
+from lib.evaluate import fit_classes
 from lib.run import Run, RunConfig, fit_to_set
 from lib.video import shown
 from lib.weights import build, by, load_weights, read_weights
@@ -138,46 +136,31 @@ UNTRAINED = {"toy": TOY_CLIPS} | dict.fromkeys(["ucf101-short", "hmdb51-short"],
 # ------------------------------------------------------------------------------ weights and data
 
 
-def start(stage: str, Config, argv: list[str], text: str, presets: dict) -> tuple:
-    """What a stage with labels begins with: (preset, flags, name of the run, device)."""
-    preset, cfg = engine.parse_config(Config, argv, text, presets)
-    return preset, cfg, cfg.name or f"{stage}-{preset}", engine.setup(cfg.device)
-
-
 def settle_clips(cfg: ClipConfig, preset: str, about: dict, source: str, trained: bool = False):
-    """(flags with model and clips filled in, arguments of build, a line on where each came from).
+    """(flags with model and clips filled in, arguments of build, a line on what the model gets).
 
     A flag or preset comes before the weights (`about` of read_weights, from `source`), these before
     USUAL. With `trained`, the weights come first: a classifier is tested on clips like those it was
     trained on. ValueError where a flag asks for another model than the weights are of.
     """
-    known = {key: about[key] for key in USUAL if key in about}
+    weights = {key: about[key] for key in USUAL if key in about}
     if "cube" in about:
-        known["cube"] = tuple(about["cube"])
+        weights["cube"] = tuple(about["cube"])
     if "video_size" in about:
-        known["frames"], known["resolution"], _ = about["video_size"]
-    given = {key: getattr(cfg, key) for key in USUAL if getattr(cfg, key) is not None}
-    for key in {"size", "cube", "positions"} & known.keys() & given.keys():
-        if known[key] != given[key]:
-            raise ValueError(f"--{key} {given[key]}, but {source} has {known[key]}: leave it out")
-    layers = [("flag or preset", given), (source, known)]
-    if trained:
-        layers.reverse()
-    layers.append(("default", USUAL if about else USUAL | UNTRAINED.get(preset, {})))
-    chosen, origins = {}, []
-    for origin, layer in layers:
-        new = {key: value for key, value in layer.items() if key not in chosen}
-        chosen |= new
-        origins += [f"{', '.join(new)} from {origin}"] if new else []
+        weights["frames"], weights["resolution"], _ = about["video_size"]
+    flags = {key: getattr(cfg, key) for key in USUAL if getattr(cfg, key) is not None}
+    for key in {"size", "cube", "positions"} & weights.keys() & flags.keys():
+        if weights[key] != flags[key]:
+            raise ValueError(f"--{key} {flags[key]}, but {source} has {weights[key]}: leave it out")
+    usual = USUAL if about else USUAL | UNTRAINED.get(preset, {})
+    chosen = usual | flags | weights if trained else usual | weights | flags
     cfg, side = replace(cfg, init=source, **chosen), chosen["resolution"]
-    video_size = (cfg.frames, side, side)
-    config = dict(size=cfg.size, video_size=video_size, cube=cfg.cube, positions=cfg.positions)
-    if "eps" in about:
-        config["eps"] = about["eps"]
+    config = {"eps": about["eps"]} if "eps" in about else {}
+    config |= {key: chosen[key] for key in ("size", "cube", "positions")}
+    config["video_size"] = (cfg.frames, side, side)
     rule = f"stride {cfg.stride}" if cfg.sampling == "dense" else "uniform sampling"
     clips = f"clips of {cfg.frames} frames, {rule}, {side}x{side} pixels"
-    line = f"{clips}, cubes {by(cfg.cube)}, size {cfg.size} ({'; '.join(origins)})"
-    return cfg, config, line
+    return cfg, config, f"{clips}, cubes {by(cfg.cube)}, size {cfg.size}"
 
 
 def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] | None):
@@ -192,36 +175,30 @@ def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] |
         path = str(own)  # whatever --init is by now
     state, about = ({}, {}) if path == "none" else read_weights(path)
     cfg, config, line = settle_clips(cfg, preset, about, path, trained)
-    names = about.get("classes", [])
-    if trained and not {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} <= {*state}:
-        raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
-    classes = names if trained else classes
-    config |= dict(classes=len(classes), drop_path=cfg.drop_path)
-    config |= dict(head_dropout=cfg.head_dropout, init_scale=cfg.init_scale)
+    if trained:
+        classes = about.get("classes", [])
+        if not {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} <= {*state}:
+            raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
+    config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}
     torch.manual_seed(cfg.seed)
-    model = build(Classifier, config)
+    model = build(Classifier, config | dict(classes=len(classes)))
     report = load_weights(model, state, about, 1.0 if trained else cfg.least)
-    if engine.rank() == 0:
-        print(f"{path}: {report}\n{line}")
+    Run.say(f"{path}: {report}\n{line}")
     return cfg, model, classes
-
-
-def read_both(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
-    """The training and the test videos as they are; to evaluate, test videos alone may be named."""
-    more = (cfg.missing, cfg.classes)
-    test_data, test_splits = cfg.test_data or cfg.data, cfg.test_splits or cfg.splits
-    if getattr(cfg, "eval_only", False) and (cfg.test_data or cfg.test_splits):
-        return (read_split(test_data, test_splits, cfg.fold, False, *more),) * 2
-    train = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, *more)
-    return train, read_split(test_data, test_splits, cfg.fold, False, *more)
 
 
 def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     """Labelled training and test videos with the same classes. ValueError where they do not fit."""
-    train, test = read_both(cfg, preset)
+    more = (cfg.missing, cfg.classes)
+    # To evaluate, test videos that are named are enough.
+    alone = getattr(cfg, "eval_only", False) and (cfg.test_data or cfg.test_splits)
+    train = not alone and prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, *more)
+    data, splits = cfg.test_data or cfg.data, cfg.test_splits or cfg.splits
+    test = read_split(data, splits, cfg.fold, False, *more)
+    train = train or test
     files = {path.stat()[1:3] for path in train.paths}  # inode, device: links lead to the same
     shared = [path for path in test.paths if path.stat()[1:3] in files]
-    if shared and test is not train:
+    if shared and not alone:
         both = f"{len(shared)} videos are both training and test videos, such as"
         advice = "name the test part with --test-splits or --test-data"
         raise ValueError(f"{both} {shown(min(shared))}: {advice}")
@@ -236,11 +213,7 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     named = [split.classes for split in (train, test) if split.kind != "list"]
     classes = named[0] if named else train.classes
     train = fit_classes(train, classes, "the test videos")
-    test = fit_classes(test, classes, "the training videos")
-    if max(test.labels) > max(train.labels):
-        most = f"training videos have none over {max(train.labels)}"
-        raise ValueError(f"a test video has label {max(test.labels)}, {most}")
-    return train, test
+    return train, fit_classes(test, classes, "the training videos")
 
 
 def draw_shots(split: Split, shots: int, seed: int) -> Split:
@@ -264,14 +237,14 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     Clips of one film stay together: UCF101's v_Class_g08_c01.avi is of film 8. One film of each
     class is trained on in any case.
     """
-    films = defaultdict(list)
+    films, due, seen, held = defaultdict(list), Counter(), set(), []
     for i, (path, label) in enumerate(zip(split.paths, split.labels, strict=True)):
         films[label, re.sub(r"(_g\d+)_[^/]*$", r"\1", str(path))].append(i)
+        due[label] += share
     generator = torch.Generator().manual_seed(engine.derive_seed("hold out", seed))
-    keys, seen, held = list(films), set(), []
-    due = {label: share * count for label, count in Counter(split.labels).items()}
+    films = list(films.items())
     for k in torch.randperm(len(films), generator=generator).tolist():
-        label, videos = keys[k][0], films[keys[k]]
+        (label, _), videos = films[k]
         if label in seen and due[label] > 1e-6:
             due[label] -= len(videos)
             held += videos
@@ -327,42 +300,19 @@ def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
 # ------------------------------------------------------------------------------------- evaluation
 
 
-def write_results(folder: Path, test: Split, cfg: ClipConfig, scores, view_classes, **about) -> str:
-    """Leave predictions.csv, classes.png and results.json, with `about`; returns a summary.
-
-    scores (videos, classes) and view_classes (videos, K): results of score_videos.
-    """
-    result, rows = accuracies(scores, view_classes, test.labels), [visualize.PREDICTIONS]
-    for path, label, values in zip(test.paths, test.labels, scores, strict=True):
-        names, values = top_five(values, test.classes)
-        name = test.classes[label]
-        row = [path, name, names[0], int(name == names[0]), ";".join(names), ";".join(values)]
-        rows.append(row)
-    write_csv(folder / "predictions.csv", rows)
-    visualize.plot_classes(folder / "predictions.csv", folder / "classes.png")
-    visualize.plot_confusion(folder / "predictions.csv", folder / "confusion.png")
-    # Last and whole: where it is, the other files are there, too.
-    about |= result | dict(config=asdict(cfg))
-    engine.write_whole(folder / "results.json", json.dumps(about, indent=1) + "\n")
-    names = dict(top1="top-1", top5="top-5", class_mean="mean of classes", view="single views")
-    if scores.shape[1] <= 5:
-        del names["top5"]  # it is 100 %
-    line = ", ".join(f"{words} {result[key]:.2f} %" for key, words in names.items())
-    return f"{cfg.clips} x {cfg.crops} views of {len(test.paths)} test videos: {line}"
-
-
-def evaluate(model: Classifier, test: Split, cfg: Config, folder: Path, device) -> None:
+def score_test(model: Classifier, test: Split, cfg: Config, folder: Path, device) -> None:
     """The paper's protocol: the mean of the softmax scores of several clips and crops."""
-    weights, path = cfg.init if cfg.eval_only else folder / "checkpoint.pt", folder / "scores.pt"
-    found = score_videos(model, test.paths, cfg, device, path, weights)
-    scores = stack(*found, "then --eval-only")
+    path, views = folder / "scores.pt", evaluate.WindowViews(test.paths, cfg)
+    found = evaluate.each_video(model, views, cfg, device, path)
+    scores = evaluate.whole(*found, "then --eval-only")
     if engine.rank() == 0:
-        print(write_results(folder, test, cfg, *scores, views=[cfg.clips, cfg.crops]))
+        print(evaluate.write_results(folder, test, cfg, scores, views=[cfg.clips, cfg.crops]))
         path.unlink()
 
 
 def main(argv: list[str]) -> None:
-    preset, cfg, name, device = start("finetune", Config, argv, __doc__, PRESETS)
+    preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
+    name, device = cfg.name or f"finetune-{preset}", engine.setup(cfg.device)
     folder = Path("runs") / name
 
     # Data and model.
@@ -370,9 +320,9 @@ def main(argv: list[str]) -> None:
     cfg, model, classes = make_classifier(cfg, preset, folder, train and train.classes)
     speed.place(model, device)
     if cfg.predict:
-        return predict(model, classes, cfg, folder / "predicted.csv", device)
+        return evaluate.predict(model, classes, cfg, folder / "predicted.csv", device)
     if cfg.eval_only:
-        return evaluate(model, fit_classes(test, classes, cfg.init), cfg, folder, device)
+        return score_test(model, fit_classes(test, classes, cfg.init), cfg, folder, device)
 
     # Several augmentations of one decoded clip (repeated augmentation).
     how = (cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
@@ -380,8 +330,6 @@ def main(argv: list[str]) -> None:
     rule = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
     train, watched = draw_shots(train, cfg.shots, cfg.seed), test
     if cfg.hold_out:
-        if not cfg.validate:
-            raise ValueError("--hold-out is for --validate: add --validate 5, for example")
         train, watched = hold_out(train, cfg.hold_out, cfg.seed)
         Run.say(f"{len(watched.paths)} training videos are held out, for --validate")
     labelled = Videos(train, rule, augment, cfg.repeats, same_time=True)
@@ -407,16 +355,15 @@ def main(argv: list[str]) -> None:
             visualize.plot_log(folder)
         epoch, rest = divmod(step + 1, run.per_epoch)
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:
-            began = time.time()
-            one = replace(cfg, clips=1, crops=1)
-            found, unreadable = score_videos(model, watched.paths, one, device)
-            scores, labels = stack(found, unreadable), [watched.labels[i] for i in found]
-            top1 = accuracies(*scores, labels)["top1"]
+            views = evaluate.WindowViews(watched.paths, replace(cfg, clips=1, crops=1))
+            found, unreadable = evaluate.each_video(model, views, cfg, device)
+            labels = [watched.labels[i] for i in found]
+            top1 = evaluate.accuracies(torch.stack([*found.values()]), labels)["top1"]
             run.log.write(step=step + 1, top1=top1, unreadable=len(unreadable))
-            run.log.time += time.time() - began  # it does not count as time of training
+            model.train()
 
     run.close()
-    evaluate(model, test, cfg, folder, device)
+    score_test(model, test, cfg, folder, device)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import json
 import math
 import os
@@ -9,22 +10,23 @@ import re
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+import visualize
 from data import SAMPLING, Split, Views, make_loader
 from lib import engine
-from lib.annotations import ENDINGS, ending, read_names
-from lib.lists import listed, missing_videos, relabel, video_files
+from lib.annotations import read_names
+from lib.lists import READERS, listed, missing_videos, relabel, video_files
 from lib.run import Run
 from lib.video import Probe, played, read_frames, shown
 
@@ -42,12 +44,11 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
         found = [] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         for path in map(Path, found or [name]):
             videos, notes = [path], []
-            other = path.is_file() and ending(path.name) not in ENDINGS
             try:
                 if path.is_dir():
                     videos, notes = video_files(path)
                     errors += [] if videos else [f"{shown(path)}: no videos"]
-                elif other and np.fromfile(path, np.uint8, 4096).all():  # videos have zeros
+                elif path.suffix.lower() in (".txt", ".csv", ".tsv", ".json", *READERS):
                     folders = filter(os.path.isdir, [data or "", path.parent])
                     splits = [listed(folder, path, 1, train=False) for folder in folders]
                     split = min(splits, key=lambda split: len(missing_videos(split)))
@@ -63,21 +64,20 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
 def cut(path: Path, every: float | None) -> list[Window]:
     """A film in windows of `every` seconds, at least a frame; the last one is what is left.
 
-    Second s is frame floor(s * rate), where `rate` is the file's average of frames per second: in a
-    film of varying rate, windows are equal in frames. One window, if `every` is None or the file
-    cannot be read.
+    Second s is frame floor(s * rate), where `rate` is the file's average of frames per second. One
+    window, if `every` is None or the file cannot be read.
     """
     about, totals = Probe(), []
-    with suppress(ValueError):  # scoring it says why
-        if every:
+    if every:
+        with suppress(ValueError):  # scoring it says why
             next(played(path, about))
             read_frames(path, lambda total: totals.append(total) or [0])
     if not totals:
         return [Window(path)]
     step = max(every * about.rate, 1)
-    firsts = [int(k * step) for k in range(math.ceil(totals[-1] / step))]
-    parts = zip(firsts, [*firsts[1:], totals[-1]], strict=True)
-    return [Window(path, k * every, first, end - first) for k, (first, end) in enumerate(parts)]
+    firsts = [int(k * step) for k in range(math.ceil(totals[0] / step))]
+    parts = enumerate(pairwise([*firsts, totals[0]]))
+    return [Window(path, k * every, first, end - first) for k, (first, end) in parts]
 
 
 def fit_classes(split: Split, classes: list[str], whose: str) -> Split:
@@ -96,43 +96,63 @@ def fit_classes(split: Split, classes: list[str], whose: str) -> Split:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
     if 0 < len({*split.labels}) < known:
         Run.say(f"note: {whose}: these videos are of {len({*split.labels})} of {known} classes")
-    return replace(split, classes=classes if numbers else split.classes)
+    return replace(split, classes=classes) if numbers else split
 
 
 # -------------------------------------------------------------------------------- views and scores
 
 
-class Readable(Views):
-    """Views of Windows: item i is (i, views), see data.Views, or (i, why it cannot be read)."""
+class WindowViews(Views):
+    """Test views of paths or Windows: item i is the views, or why the file cannot be read.
 
-    windows: list[Window]
+    `keys` stand for the items where results are kept. `cfg` is what settle_clips returns.
+    """
+
+    def __init__(self, videos: list, cfg):
+        self.windows = [video if isinstance(video, Window) else Window(video) for video in videos]
+        self.keys = [f"{stamp(w.path)} {w.first} {w.frames}" for w in self.windows]
+        paths, antialias = [w.path for w in self.windows], cfg.augment == "torchvision"
+        sizes = (cfg.frames, cfg.stride, cfg.clips, cfg.resolution, cfg.crops)
+        super().__init__(paths, SAMPLING[cfg.sampling][1], *sizes, antialias)
 
     def pick(self, total: int) -> list[int]:
         """Frames of all clips, one after the other; they lie in the window."""
         return [self.now.first + i for i in super().pick(self.now.frames or total)]
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> Tensor | str:
         self.now = self.windows[index]
         try:
-            return super().__getitem__(index)
+            return super().__getitem__(index)[1]
         except ValueError as error:
-            return index, str(error)
+            return str(error)
 
 
 def stamp(path: str | Path) -> str:
-    """What changes with a file: path, bytes, time; those of all files of a folder."""
-    files = filter(os.path.isfile, [path, *sorted(Path(path).glob("*"))])
-    return json.dumps([(str(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files])
+    """What changes with a file: path, bytes, time."""
+    about = os.stat(path) if os.path.exists(path) else None
+    return f"{path} {about and (about.st_size, about.st_mtime_ns)}"
 
 
-def keep(work: Callable, keys: list[str], path: Path | None = None, about: str = ""):
-    """({index: tensors}, {index: error}) from work(todo), which yields (index, either of them).
+# Flags that decide what the test views are.
+VIEWS = "frames stride sampling resolution clips crops augment".split()
 
-    `keys` stand for the videos, `about` for all else. What the file `path` has of the same is taken
-    from there. It is written at the end, also after Ctrl-C, and every ten minutes. Processes share
-    the work, and all get all results.
+
+@torch.no_grad()
+def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None = None):
+    """({index: output on the CPU}, {index: error}) for views (K, T, C, H, W) uint8, or an error.
+
+    The output is a classifier's softmax (K, classes), or the mean of an encoder's tokens (K, D).
+    Outputs are kept in the file `path`, and taken from there where weights, flags and the item's
+    key are the same. It is written at the end, also after Ctrl-C, and every ten minutes. Processes
+    share the work, and all get all outputs. The model stays in evaluation mode.
     """
-    kept, errors, due = {}, {}, time.monotonic() + 600
+    dtype, kept, errors, saved = engine.precision_dtype(cfg.precision, device), {}, {}, time.time()
+    about = f"{[getattr(cfg, key) for key in VIEWS]} {dtype} {device}"
+    if path:
+        digest = hashlib.sha256()
+        for tensor in model.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        about += digest.hexdigest()
 
     def save() -> None:
         if path and kept and engine.rank() == 0:
@@ -141,87 +161,58 @@ def keep(work: Callable, keys: list[str], path: Path | None = None, about: str =
 
     with suppress(Exception):  # there may be no file, or a broken one, in any of many ways
         kept = torch.load(path, weights_only=True)[about]
-    mine = range(engine.rank(), len(keys), engine.processes())
+    mine = range(engine.rank(), len(views), engine.processes())
+    todo = [i for i in mine if views.keys[i] not in kept]
+    batches, pin = [[i] for i in todo], device.type == "cuda"
+    loader = make_loader(views, batches, cfg.workers, pin, collate=itemgetter(0))
+    model.eval()
     try:
-        for index, result in work([i for i in mine if keys[i] not in kept]):
-            if isinstance(result, str):
-                errors[index] = result
-            else:
-                kept[keys[index]] = result
-            if time.monotonic() > due:
+        items = engine.progress("videos", len(todo), loader, leave=False)
+        for index, clips in zip(todo, items, strict=True):
+            if isinstance(clips, str):
+                errors[index] = clips
+                continue
+            with engine.autocast(device, dtype):
+                out = model(clips.to(device, non_blocking=True)).float()
+            out = out.softmax(dim=1) if out.ndim == 2 else out.mean(dim=1)
+            kept[views.keys[index]] = out.cpu()
+            if time.time() > saved + 600:
                 save()
-                due = time.monotonic() + 600
+                saved = time.time()
         if engine.processes() > 1:
             parts = [None] * engine.processes()
             dist.all_gather_object(parts, (kept, errors))
             for results, more in parts:
-                kept.update(results)
+                kept |= results
                 errors |= more
     except KeyboardInterrupt:
         print(f"stopped: {path} keeps {len(kept)} videos for the next time" if path else "stopped")
         sys.exit(130)
     finally:
         save()
-    return {i: kept[key] for i, key in enumerate(keys) if key in kept}, errors
+    return {i: kept[key] for i, key in enumerate(views.keys) if key in kept}, errors
 
 
-def each_video(videos: list, work: Callable, cfg, device, path=None, about: str = ""):
-    """As keep, of work(test views (K, T, C, H, W) uint8) of paths or Windows; `about` the model.
+def whole(results: dict, errors: dict, then: str) -> Tensor:
+    """The results of all videos. ValueError if some are missing; `then` they will be made."""
+    if errors:
+        names = "; ".join(errors.values())
+        advice = f"the others' results are kept: mend the list or the files, {then}"
+        raise ValueError(f"{len(errors)} videos cannot be read: {names} ({advice})")
+    return torch.stack([*results.values()])
 
-    `cfg` has the fields of finetune.ClipConfig, settled.
+
+def accuracies(scores: Tensor, labels: list[int]) -> dict[str, float]:
+    """Scores of views (videos, K, classes) -> top1, top5, class_mean and view, in %.
+
+    A video's scores are the mean of its views'. class_mean is the mean of the classes' top1, view
+    the top1 of single views.
     """
-    antialias = cfg.augment == "torchvision"
-    sizes = (cfg.frames, cfg.stride, cfg.clips, cfg.resolution, cfg.crops, antialias)
-    windows = [video if isinstance(video, Window) else Window(video) for video in videos]
-    views = Readable([window.path for window in windows], SAMPLING[cfg.sampling][1], *sizes)
-    views.windows = windows
-
-    def results(todo: list[int]):
-        batches, pin = [[i] for i in todo], device.type == "cuda"
-        loader = make_loader(views, batches, cfg.workers, pin, collate=itemgetter(0))
-        for index, found in engine.progress("videos", len(todo), loader, leave=False):
-            yield index, found if isinstance(found, str) else work(found)
-
-    keys = [f"{stamp(window.path)} {window.first} {window.frames}" for window in windows]
-    return keep(results, keys, path, f"{about} {sizes} {cfg.sampling} {cfg.precision} {device}")
-
-
-@torch.no_grad()
-def score_videos(model: nn.Module, videos: list, cfg, device, path=None, weights=None):
-    """As each_video, of (mean softmax of the views (classes,), class of each view (K,)).
-
-    `weights`: the model's file, where results are kept in `path`.
-    """
-    dtype = engine.precision_dtype(cfg.precision, device)
-
-    def score(views: Tensor) -> tuple[Tensor, Tensor]:
-        with engine.autocast(device, dtype):
-            logits = model(views.to(device, non_blocking=True))
-        probabilities = logits.float().softmax(dim=1).cpu()
-        return probabilities.mean(dim=0), probabilities.argmax(dim=1)
-
-    model.eval()
-    found = each_video(videos, score, cfg, device, path, stamp(weights) if path else "")
-    model.train()
-    return found
-
-
-def stack(results: dict, errors: dict, then: str = "") -> list[Tensor]:
-    """The tensors of all videos. ValueError if none can be read, or with `then`, if not all can."""
-    if errors and (then or not results):
-        names = "; ".join([*errors.values()][:20]) + "; ..." * (len(errors) > 20)
-        advice = f" (the others' results are kept: mend the list or the files, {then})" * bool(then)
-        raise ValueError(f"{len(errors)} videos cannot be read: {names}{advice}")
-    return [torch.stack(column) for column in zip(*results.values(), strict=True)]
-
-
-def accuracies(scores: Tensor, views: Tensor, labels: list[int]) -> dict[str, float]:
-    """What score_videos found -> top1, top5, mean of the classes' top1, top1 of views, in %."""
-    labels = torch.tensor(labels)
-    best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    right = best[:, 0]
+    labels, mean = torch.tensor(labels), scores.mean(dim=1)
+    best = mean.topk(min(5, mean.shape[1])).indices == labels[:, None]
+    right, view = best[:, 0], scores.argmax(dim=2) == labels[:, None]
     classes = torch.stack([right[labels == label].float().mean() for label in labels.unique()])
-    shares = dict(top1=right, top5=best.any(1), class_mean=classes, view=views == labels[:, None])
+    shares = dict(top1=right, top5=best.any(1), class_mean=classes, view=view)
     return {name: 100 * float(share.float().mean()) for name, share in shares.items()}
 
 
@@ -229,7 +220,7 @@ def knn(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tensor:
     """Scores (videos, classes) of features (videos, D): votes of the k nearest training videos.
 
     Nearest by cosine; a vote weighs exp(cosine / 0.07), as in Wu et al. 2018 and DINO (k = 20).
-    Nothing is trained or tuned. The scores of a video sum to 1.
+    The scores of a video sum to 1.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     near, places = (test @ train.T).topk(min(k, len(train)))
@@ -251,6 +242,30 @@ def write_csv(path: Path, rows: list) -> None:
         csv.writer(file).writerows(rows)
 
 
+def write_results(folder: Path, test: Split, cfg, scores: Tensor, **about) -> str:
+    """Leave predictions.csv, classes.png, confusion.png and results.json, with `about`.
+
+    scores: softmax (videos, K, classes) of K views. Returns a summary.
+    """
+    result, rows = accuracies(scores, test.labels), [visualize.PREDICTIONS]
+    for path, label, values in zip(test.paths, test.labels, scores.mean(dim=1), strict=True):
+        names, values = top_five(values, test.classes)
+        name = test.classes[label]
+        row = [path, name, names[0], int(name == names[0]), ";".join(names), ";".join(values)]
+        rows.append(row)
+    write_csv(folder / "predictions.csv", rows)
+    visualize.plot_classes(folder / "predictions.csv", folder / "classes.png")
+    visualize.plot_confusion(folder / "predictions.csv", folder / "confusion.png")
+    # Last and whole: where it is, the other files are there, too.
+    about |= result | dict(config=asdict(cfg))
+    engine.write_whole(folder / "results.json", json.dumps(about, indent=1) + "\n")
+    names = dict(top1="top-1", top5="top-5", class_mean="mean of classes", view="single views")
+    if len(test.classes) <= 5:
+        del names["top5"]  # it is 100 %
+    line = ", ".join(f"{words} {result[key]:.2f} %" for key, words in names.items())
+    return f"{cfg.clips} x {cfg.crops} views of {len(test.paths)} test videos: {line}"
+
+
 def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> None:
     """Print and write the best classes of --predict; exit code 1 where something has none."""
     if cfg.classes:
@@ -258,18 +273,18 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
         classes = fit_classes(named, classes, cfg.init).classes
     paths, wrong = find_videos(cfg.predict, cfg.data)
     windows = [window for path in paths for window in cut(path, cfg.every)]
-    results, errors = score_videos(model, windows, cfg, device)
+    found, errors = each_video(model, WindowViews(windows, cfg), cfg, device)
+    if engine.rank() > 0:
+        return
     rows = [["path", "start", "prediction", "probability", "top5", "probabilities"]]
-    for i, (scores, _) in results.items():
-        (path, start, *_), (names, values) = windows[i], top_five(scores, classes)
-        lines = [f"{float(v):7.1%}  {name}" for v, name in zip(values, names, strict=True)]
+    for i, scores in found.items():
+        (path, start, *_), (names, values) = windows[i], top_five(scores.mean(dim=0), classes)
         rows.append([path, f"{start:g}", names[0], values[0], ";".join(names), ";".join(values)])
-        if engine.rank() == 0:
-            print(shown(path) + f" from second {start:g}" * bool(cfg.every), *lines, sep="\n  ")
-    if engine.rank() == 0:
-        write_csv(table, [row if cfg.every else row[:1] + row[2:] for row in rows])
-        print(f"wrote {table}: {len(rows) - 1} predictions")
-        name_wrong([*wrong, *errors.values()])
+        lines = [f"{float(v):7.1%}  {name}" for v, name in zip(values, names, strict=True)]
+        print(shown(path) + f" from second {start:g}" * bool(cfg.every), *lines, sep="\n  ")
+    write_csv(table, rows)
+    print(f"wrote {table}: {len(found)} predictions")
+    name_wrong([*wrong, *errors.values()])
 
 
 def name_wrong(errors: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 
 import numpy as np
@@ -14,6 +13,7 @@ import linprobe
 import pretrain
 import visualize
 from data import read_split
+from lib import evaluate
 
 FLAGS = "--batch 8 --epochs 2 --warmup 1 --repeats 2 --shots 1 --base-lrs 0.1 1".split()
 FLAGS += "--precision fp32".split()
@@ -52,18 +52,16 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
     assert "56 of 56 tensors matched" in out and "decoder left out" in out
     assert "clips of 8 frames, stride 1, 32x32 pixels, cubes 2x8x8, size toy" in out
     assert set(first["sweep"]) == {"0.1", "1.0"} and out.count("% of the held-out") == 2
-    saved = dict(np.load("runs/linprobe-toy/features.npz", allow_pickle=False))
-    assert saved["train"].shape == (12, 2, 128) and saved["test"].shape == (12, 2, 128)
+    (saved,) = torch.load("runs/linprobe-toy/features.pt", weights_only=True).values()
+    assert len(saved) == 24 and all(feature.shape == (2, 128) for feature in saved.values())
     with monkeypatch.context() as patch:
-        patch.setattr(linprobe, "encode", None)  # must not be needed again
+        for views in (linprobe.WindowViews, linprobe.RandomViews):
+            patch.setattr(views, "__getitem__", None)  # must not be needed again
         linprobe.main([*flags, "--epochs", "3"])
         for change in (["--stride", "2"], ["--seed", "1"], ["--init", "random"], ["--shots", "2"]):
             with pytest.raises(TypeError):
                 linprobe.main([*flags, *change, "--name", "linprobe-toy"])  # other features
-        os.utime("runs/pretrain-toy/checkpoint.pt")
-        with pytest.raises(TypeError):
-            linprobe.main(flags)  # other weights
-    with open("runs/linprobe-toy/features.npz", "r+b") as file:
+    with open("runs/linprobe-toy/features.pt", "r+b") as file:
         file.truncate(1000)
     linprobe.main(flags)  # a broken cache is as none
     assert result("linprobe-toy") == first
@@ -73,9 +71,10 @@ def test_an_untrained_encoder_has_other_features_and_a_folder_of_its_own(here):
     flags = ["toy", "--data", here, *FLAGS, "--repeats", "1", "--clips", "1"]
     linprobe.main([*flags, "--name", "trained"])
     linprobe.main([*flags, "--init", "random", "--resolution", "32"])
-    files = [f"runs/{name}/features.npz" for name in ("trained", "linprobe-toy-random")]
-    tested = [np.load(file)["test"] for file in files]
-    assert tested[0].shape == tested[1].shape and not np.allclose(*tested)
+    files = [f"runs/{name}/features.pt" for name in ("trained", "linprobe-toy-random")]
+    tested = [next(iter(torch.load(file, weights_only=True).values())) for file in files]
+    assert tested[0].keys() == tested[1].keys()
+    assert not any(torch.allclose(tested[0][key], tested[1][key]) for key in tested[0])
     assert len(visualize.read_predictions("runs/linprobe-toy-random/predictions.csv")) == 12
 
 
@@ -99,8 +98,8 @@ def test_the_choice_of_the_learning_rate_never_sees_a_test_video(monkeypatch):
 
     def score(head, part):
         scored.append(set(part[:, 0, 0].tolist()))
-        right = (part[:, 0, 0].long() % 3)[:, None] == torch.arange(3)
-        return right.float(), torch.zeros(len(part), 2, dtype=torch.long)
+        right = (part[..., 0].long() % 3)[..., None] == torch.arange(3)
+        return right.float()
 
     monkeypatch.setattr(linprobe, "train_head", train_head)
     monkeypatch.setattr(linprobe, "score", score)
@@ -130,7 +129,7 @@ def test_test_labels_change_no_choice_and_no_score(here, tmp_path):
 
 def test_an_interrupted_extraction_goes_on_where_it_was(here, tmp_path, monkeypatch, capsys):
     """Ctrl-C in test and training videos, a broken test video: no view is computed twice."""
-    test, encode, clips = read_split(here, train=False), linprobe.encode, []
+    test, read = read_split(here, train=False), []
     videos = [shutil.copy(path, tmp_path) for path in test.paths]
     lines = [f"{path} {label}\n" for path, label in zip(videos, test.labels, strict=True)]
     (tmp_path / "test.txt").write_text("".join(lines))
@@ -138,35 +137,62 @@ def test_an_interrupted_extraction_goes_on_where_it_was(here, tmp_path, monkeypa
     open(videos[4], "wb").write(b"no video")
     flags = ["toy", "--data", here, *FLAGS, "--test-splits", str(tmp_path / "test.txt")]
 
-    def run(name, stop):
-        def counted(encoder, views, **how):
-            clips.append(float(views.float().mean()))
-            if len(clips) == stop:
+    def counted(get):
+        def item(views, index):
+            read.append(index)
+            if len(read) == stop:
                 raise KeyboardInterrupt
-            return encode(encoder, views, **how)
+            return get(views, index)
 
-        monkeypatch.setattr(linprobe, "encode", counted)
-        del clips[:]
+        return item
+
+    for views in (linprobe.WindowViews, linprobe.RandomViews):
+        monkeypatch.setattr(views, "__getitem__", counted(views.__getitem__))
+
+    def run(name, when):
+        nonlocal stop
+        stop = when
+        read.clear()
         linprobe.main([*flags, "--name", name])
-        return len(clips)
+        return len(read)
 
-    for stop in (4, 3):
+    stop = None
+    for when in (4, 3):
         with pytest.raises(SystemExit) as caught:
-            run("cut", stop)
+            run("cut", when)
         out = capsys.readouterr().out.splitlines()
-        assert caught.value.code == 130 and "test.part.pt keeps" in out[-1]
+        assert caught.value.code == 130 and "features.pt keeps" in out[-1]
     with pytest.raises(ValueError, match="^1 videos cannot be read: .*then the same command"):
         run("cut", None)
-    assert len(clips) == 11 - 3 - 2
+    assert len(read) == 12 - 3 - 1
     open(videos[4], "wb").write(whole)
     with pytest.raises(SystemExit):
         run("cut", 6)  # the mended one, 4 of 12 training videos
     os.utime(finetune.draw_shots(read_split(here), 1, 0).paths[0])  # another training video
     assert run("cut", None) == 8 + 1 and run("cut", None) == 0
-    assert not [file for file in os.listdir("runs/cut") if "part" in file]
     assert run("whole", None) == 24
-    a, b = (np.load(f"runs/{name}/features.npz") for name in ("cut", "whole"))
-    assert all(np.array_equal(a[key], b[key]) for key in ("train", "labels", "test"))
+    (a,), (b,) = (torch.load(f"runs/{n}/features.pt").values() for n in ("cut", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    assert result("cut")["sweep"] == result("whole")["sweep"]
+
+
+def test_unreadable_training_videos_are_left_out(here, tmp_path, capsys):
+    """A tenth of them; more are refused."""
+    train = read_split(here)
+    lines = [f"{path} {label}\n" for path, label in zip(train.paths, train.labels, strict=True)]
+    (tmp_path / "broken0.avi").write_bytes(b"no video")
+    (tmp_path / "broken1.avi").write_bytes(b"no video")
+    flags = ["toy", "--data", here, *FLAGS, "--shots", "0", "--splits", str(tmp_path / "list.txt")]
+    flags += ["--test-splits", str(tmp_path / "test.txt"), "--repeats", "1", "--clips", "1"]
+    test = read_split(here, train=False)
+    (tmp_path / "test.txt").write_text(f"{test.paths[0]} {test.labels[0]}\n")
+    lines[3] = f"{tmp_path}/broken0.avi 1\n"
+    (tmp_path / "list.txt").write_text("".join(lines))
+    linprobe.main([*flags, "--name", "left"])
+    assert f"left out, unreadable: {tmp_path}/broken0.avi" in capsys.readouterr().out
+    (tmp_path / "list.txt").write_text("".join([*lines[:14], f"{tmp_path}/broken1.avi 11\n"]))
+    with pytest.raises(ValueError, match="over a tenth of the videos cannot be read"):
+        linprobe.main([*flags, "--name", "left"])
 
 
 def test_features_of_any_videos(here, tmp_path, capsys):
@@ -174,8 +200,8 @@ def test_features_of_any_videos(here, tmp_path, capsys):
     linprobe.main(["--features", "out.npz", "--videos", *videos])
     out = np.load("out.npz", allow_pickle=False)
     assert out["paths"].tolist() == videos and out["features"].shape == (2, 128)
-    linprobe.main(["toy", "--features", "all.npz", "--data", here, "--clips", "1"])
-    assert len(set(np.load("all.npz")["paths"].tolist())) == 36
+    linprobe.main(["toy", "--features", "new/all.npz", "--videos", here, "--clips", "1"])
+    assert len(set(np.load("new/all.npz")["paths"].tolist())) == 36
     for name in "ab":
         shutil.copy(videos[0], tmp_path / f"{name}.avi")
     (tmp_path / "c.avi").write_bytes(b"no video")
@@ -194,9 +220,8 @@ def test_features_of_any_videos(here, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--features nowhere/out.npz", "in a folder that exists"),
-        ("--features out.npy", "must be an .npz file"),
-        ("--videos a.avi", "goes with --features"),
+        ("--videos a.avi", "go together"),
+        ("--features out.npz", "go together"),
         ("--init nowhere.pt --shots 0", "nowhere.pt"),
         ("--splits few.txt --test-splits test.txt --shots 0", "2 labelled videos are too few"),
     ],
@@ -217,9 +242,9 @@ def test_head_finds_what_is_linear():
     features[..., 0] += 1e-2 * labels[:, None]  # small beside the others until the head normalises
     cfg = linprobe.Config(epochs=60, batch=40, warmup=5)
     head = linprobe.train_head(features, labels, 3, 1.0, cfg)
-    scores, views = linprobe.score(head, features)
-    assert finetune.accuracies(scores, views, labels.tolist())["top1"] > 95
-    assert torch.allclose(scores.sum(dim=1), torch.ones(240))
+    scores = linprobe.score(head, features)
+    assert evaluate.accuracies(scores, labels.tolist())["top1"] > 95
+    assert torch.allclose(scores.sum(dim=2), torch.ones(240, 2))
 
 
 # ------------------------------------------------------------------------------- files with code
@@ -235,25 +260,17 @@ class Attack:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "object array", "npy", "empty", "other keys", "text"])
+@pytest.mark.parametrize("kind", ["pickle", "other keys"])
 def test_a_cache_is_made_anew_whatever_it_is_and_its_code_does_not_run(here, tmp_path, kind):
     ran = tmp_path / "ran"
     os.makedirs("runs/strange", exist_ok=True)
-    with open("runs/strange/features.npz", "wb") as file:
-        if kind == "pickle":
-            pickle.dump(Attack(ran), file)
-        elif kind == "npy":
-            np.save(file, np.ones(3))
-        elif kind == "text":
-            file.write(b"hello")
-        elif kind != "empty":
-            objects = dict(about=np.array([Attack(ran)], dtype=object))
-            np.savez(file, **dict(x=np.ones(2)) if kind == "other keys" else objects)
+    with open("runs/strange/features.pt", "wb") as file:
+        torch.save(Attack(ran) if kind == "pickle" else dict(x=1), file)
     flags = "--init random --epochs 1 --warmup 0 --base-lrs 1 --repeats 1 --clips 1 --resolution 16"
     linprobe.main(["toy", "--data", here, "--name", "strange", "--shots", "1", *flags.split()])
     assert not ran.exists() and result("strange")["top1"] >= 0
-    names = set(np.load("runs/strange/features.npz", allow_pickle=False))
-    assert names == {"about", "train", "labels", "test"}
+    (kept,) = torch.load("runs/strange/features.pt", weights_only=True).values()
+    assert len(kept) == 24
 
 
 def test_no_code_in_weights_runs(here, tmp_path):
