@@ -27,7 +27,7 @@ MOST_CLASSES = 100_000  # above, a number is no label
 BETWEEN = r"[ \t,;]+"
 NUMBER = r"-?[0-9]+(?:\.[0-9]*)?"
 VIDEO_LINE = re.compile(rf'"?(.*\.(?:{"|".join(ENDINGS)}))"?(?:({BETWEEN})(.*))?', re.IGNORECASE)
-OTHER_LINE = re.compile(rf"(.*?)((?:{BETWEEN}{NUMBER})*)")
+OTHER_LINE = re.compile(rf"(.*?)(?:{BETWEEN}({NUMBER}))?(?:{BETWEEN}({NUMBER}))?")
 # Columns of a table, see _header.
 PATH = re.compile("(video|file|clip)?(path|name)|video|file|clip|youtubeid")
 LABEL = re.compile("(label|class|action|category)(id|name)?s?|target")
@@ -136,12 +136,11 @@ def _line(data: Path, line: str) -> tuple[str, str]:
     if found := VIDEO_LINE.fullmatch(line):
         path, between, rest = found.groups("")
         return path, _label(rest, _mark(between))
-    path, rest = OTHER_LINE.fullmatch(line).groups()
-    numbers = re.findall(NUMBER, rest)
-    if len(numbers) > 1:
+    path, number, another = OTHER_LINE.fullmatch(line).groups("")
+    if another:  # FOLDER FRAMES LABEL
         make = frames_line(data, data / path)
         raise ValueError(f"looks like frames: {make}; then write `FOLDER.mp4 label`")
-    return path, "".join(numbers)
+    return path, number
 
 
 def _label(rest: str, mark: str | None) -> str:
