@@ -100,7 +100,7 @@ class Run:
             f"warm-up), peak lr {cfg.base_lr * cfg.batch / 256:.3g}; {len(videos)} videos\n"
             f"batch {cfg.batch} = {engine.processes()} processes x {self.accumulation} passes x "
             f"{self.micro} videos, {cfg.repeats} clips of each; "
-            f"{millions:.1f} M parameters; {self.dtype} on {speed.machine(device)}"
+            f"{millions:.1f} M parameters; {self.dtype} on {device}"
         )
 
     def _lock(self) -> None:
@@ -197,18 +197,14 @@ class Run:
         if self.pass_number == 0:
             self.losses.append(0.0)
         self.losses[-1] = self.losses[-1] + loss.detach()
-        if not self.estimated and time.time() - self.begin > 20:
-            self._estimate()
-
-    def _estimate(self) -> None:
-        """Say what a step takes without a GPU, where the whole run would take over an hour."""
-        self.estimated = True
-        passes = (self.step - self.start) * self.accumulation + self.pass_number + 1
-        seconds = (time.time() - self.begin) / passes * self.accumulation
-        hours = seconds * (self.total - self.start) / 3600
-        if hours > 1 and engine.rank() == 0:
-            here = f"a step takes {seconds:.1f} s on this {speed.machine(self.device)}"
-            tqdm.write(f"{here}, this run about {hours:,.0f} hours", file=sys.stderr)
+        seconds = time.time() - self.begin
+        if seconds > 20 and not self.estimated and engine.rank() == 0:
+            # Without a GPU, and once: recipes made for GPUs may take weeks.
+            self.estimated = True
+            done = self.step - self.start + (self.pass_number + 1) / self.accumulation  # steps
+            hours = seconds / done * (self.total - self.start) / 3600
+            here = f"a step takes {seconds / done:.1f} s on this {self.device.type.upper()}"
+            tqdm.write(f"{here}, this run about {hours:,.1f} hours", file=sys.stderr)
 
     def update(self, lr: float) -> bool:
         """The optimizer's step; a log line and a checkpoint if it is time. True after a checkpoint.
@@ -268,7 +264,7 @@ class Run:
         self.log.bar.close()
         if self.start == self.total:  # it was finished before
             return
-        share = self.log.without / max(self.log.seconds, 1e-9)
+        share = self.log.without / (time.time() - self.begin)
         if share > 0.2:
             cores = f"now {self.cfg.workers}; {os.cpu_count()} cores here"
             self.say(f"take more --workers ({cores}), or see `python data.py prepare`")
@@ -294,8 +290,7 @@ class Log:
 
     def __init__(self, folder: Path, start: int, total: int, config: dict):
         self.path, self.last, self.time = folder / "log.jsonl", start, time.time()
-        self.waited = 0.0  # seconds without data since the last line
-        self.seconds, self.without = 0.0, 0.0  # the same of all lines: all, and without data
+        self.waited = self.without = 0.0  # seconds without data: since the last line, and of all
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
@@ -316,8 +311,8 @@ class Log:
         seconds = max(time.time() - self.time, 1e-9)
         speeds = dict(clips_per_s=clips / seconds, waiting_for_data=self.waited / seconds)
         self.write(step=done, **values, **speeds)
-        recent = dict(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
-        self.bar.set_postfix(recent, refresh=False)
+        loss, lr = f"{values['loss']:.4f}", f"{values['lr']:.2e}"
+        self.bar.set_postfix(loss=loss, lr=lr, refresh=False)
         self.bar.update(done - self.last)
-        self.seconds, self.without = self.seconds + seconds, self.without + self.waited
+        self.without += self.waited
         self.last, self.time, self.waited = done, time.time(), 0.0

@@ -59,16 +59,6 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def machine(device: torch.device) -> str:
-    """The device in words, for the line that a stage prints at its start."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    threads = torch.get_num_threads()
-    return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
-
-
 # ---------------------------------------------------------------------- attention on CPUs, in bf16
 
 # PyTorch's fused kernel takes about twice as long as plain matrix products whose attention weights
