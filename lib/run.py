@@ -92,7 +92,8 @@ class Run:
         self.begin = self.saved = time.time()
         self.pass_number, self.estimated = 0, device.type == "cuda"
         if self.start == self.total:
-            return self.say(f"{self.folder} is finished: all {self.total} steps are done")
+            self.say(f"{self.folder} is finished: all {self.total} steps are done")
+            return
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         begin = f"going on after step {self.start}" if self.start else "starting at step 0"
         self.say(
@@ -134,7 +135,7 @@ class Run:
             raise ValueError(f"--resume with other flags ({was}): take these, or another --name")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():
+        if state["scaler"]:  # fp16, at least before
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
