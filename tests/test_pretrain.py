@@ -82,10 +82,11 @@ def test_processes_change_nothing(beside, train):
     pretrain.main([*flags, "--micro", "2", "--name", "one"])
     train(2, "pretrain", *flags, "--micro", "2", "--name", "two")
     train(4, "pretrain", *flags, "--micro", "2", "--name", "four")
+    expected = weights("one")
     for name in ("two", "four"):
         assert losses(name) == pytest.approx(losses("one"), rel=1e-5)
         for key, value in weights(name).items():
-            torch.testing.assert_close(value, weights("one")[key], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-3)
 
 
 def test_a_signal_saves_and_resuming_is_exact(beside, monkeypatch, capsys):
