@@ -126,7 +126,7 @@ class Run:
         if not path.exists():
             return 0
         if not self.cfg.resume:
-            raise ValueError(f"{path} exists: continue with --resume, or choose another --name")
+            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --name")
         state = engine.load_checkpoint(path, self.stage)
         before, now = ({**c.pop("flags"), **c} for c in (state["config"], dict(self.config)))
         changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
