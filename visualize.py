@@ -145,8 +145,7 @@ def draw_reconstructions(model, clips: list[Tensor], drawn: int, cfg: Config, ou
                 made |= {"untrained": other["model"], "oracle untrained": other["oracle model"]}
             named = [name for name in made if oracle or not name.startswith("oracle")]
             scores = {name: psnr(made[name], original, hidden) for name in named}
-            for name, score in scores.items():
-                means[percent][name] += score / len(clips)
+            means[percent].update({name: score / len(clips) for name, score in scores.items()})
             if number < drawn:
                 first = [("original", original[0])] if ratio == cfg.ratios[0] else []
                 columns += [*first, (f"{percent} masked", original.where(~hidden, 0.5)[0])]
@@ -217,8 +216,6 @@ def read_predictions(path: str | Path) -> list[dict]:
 
     path, label, prediction: text; correct: bool; top5: list of names; probabilities: of floats.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no file {path}")
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     if not rows or any(row.get(column) is None for row in rows for column in PREDICTIONS):
@@ -237,7 +234,8 @@ def class_accuracy(rows: list[dict]) -> dict[str, tuple[float, int]]:
 
 
 def draw_bars(bars: list[tuple[str, float, str]], title: str, xlabel: str, out) -> None:
-    """Draw horizontal bars (class, length, note), the first one on top."""
+    """Draw horizontal bars (class, length, note), the longest one on top."""
+    bars = sorted(bars, key=lambda bar: (-bar[1], bar[0]))
     names, lengths, notes = zip(*bars, strict=True)
     names, places = [shown(name) for name in names], range(len(bars))  # any bytes name a folder
     width = 4 + 0.045 * max(map(len, names))  # inches: the bars, and names in 6-point letters
@@ -255,8 +253,8 @@ def draw_bars(bars: list[tuple[str, float, str]], title: str, xlabel: str, out) 
 def plot_classes(table: str | Path, out: str | Path) -> None:
     """Draw each class's top-1 accuracy in a predictions.csv, the best first."""
     rows = read_predictions(table)
-    classes = sorted(class_accuracy(rows).items(), key=lambda item: (-item[1][0], item[0]))
-    bars = [(name, top1, f"{top1:.0f} % of {number}") for name, (top1, number) in classes]
+    found = class_accuracy(rows).items()
+    bars = [(name, top1, f"{top1:.0f} % of {videos}") for name, (top1, videos) in found]
     draw_bars(bars, summary(rows), "top-1, %", out)
 
 
@@ -293,10 +291,10 @@ def summary(rows: list[dict]) -> str:
     return f"top-1 {top1:.2f} % of {len(rows)} videos"
 
 
-def compare(paths: tuple[str, ...], out: Path, most: int = 20) -> None:
-    """Draw and print the classes that gain most and lose most in top-1 from B to A.
+def compare(paths: tuple[str, ...], out: Path) -> None:
+    """Draw what each class gains in top-1 from the second predictions.csv to the first.
 
-    Both are predictions.csv. ValueError where their videos or labels are not the same.
+    ValueError where their videos or labels are not the same.
     """
     if len(paths) != 2:
         raise ValueError(f"--compare needs two files, not {len(paths)}")
@@ -309,12 +307,8 @@ def compare(paths: tuple[str, ...], out: Path, most: int = 20) -> None:
     a, b = map(class_accuracy, tables)
     bars = []
     for name, (top1, videos) in a.items():
-        note = f"{top1:.0f} % and {b[name][0]:.0f} % of {videos}"
-        bars.append((name, top1 - b[name][0], note))
-    bars.sort(key=lambda bar: (-bar[1], bar[0]))
-    bars = [bar for i, bar in enumerate(bars) if i < most or i >= len(bars) - most]
-    for name, gain, note in bars:
-        print(f"  {gain:+6.1f} points  {shown(name)}  ({note})")
+        other = b[name][0]
+        bars.append((name, top1 - other, f"{top1:.0f} % and {other:.0f} % of {videos}"))
     draw_bars(bars, "\nminus ".join(map(shown, paths)), "difference in top-1, points", out)
 
 
@@ -331,27 +325,23 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
         where = (flags["data"], flags["splits"], flags["fold"])
         split = read_split(*where, train=False, missing=flags.get("missing", "error"))
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
+        paths = paths[: cfg.scored]
     clips, more = [], model.frame_factor
     for path in paths:
         try:
             clips.append(load_clip(path, more * frames, size, stride // more))
         except ValueError as error:
-            if cfg.videos:
-                raise
             print(f"left out of the figure: {error}")
-        if len(clips) == cfg.scored and not cfg.videos:
-            break
     if not clips:
-        raise ValueError("no test video can be read: name some with --videos")
+        raise ValueError("none of the videos can be read: name others with --videos")
     return clips
 
 
 def main(argv: list[str], overwrite: bool = True) -> None:
     """Draw what the flags ask for. `overwrite`: the figure of an earlier call, without --out."""
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
-    beside = Path(cfg.compare[0] if cfg.compare else cfg.checkpoint)
     name = "comparison.png" if cfg.compare else "reconstruction.png"
-    out = Path(cfg.out or beside.with_name(name))
+    out = Path(cfg.out or Path(cfg.compare[0] if cfg.compare else cfg.checkpoint).with_name(name))
     if out.exists() and not (cfg.out or overwrite):
         others = (out.with_stem(f"{out.stem}-{number}") for number in itertools.count(2))
         out = next(other for other in others if not other.exists())

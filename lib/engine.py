@@ -48,17 +48,19 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
     for field in fields:
         default = presets[preset].get(field.name, field.default)
         about = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        names = dict.fromkeys((_flag(field.name), f"--{field.name}"))  # --base-lr and --base_lr
-        how = _argument(field.type)
-        parser.add_argument(*names, help=about, default=argparse.SUPPRESS, **how)
+        how = dict(help=about, default=argparse.SUPPRESS, **_argument(field.type))
+        parser.add_argument(_flag(field.name), **how)
     given = vars(parser.parse_args(argv))
     given = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
     config = Config(**{**presets[preset], **given})
     for field in fields:
-        value, least, most = getattr(config, field.name), *list(field.metadata.values())[1:]
+        value, (_, least, most) = getattr(config, field.name), field.metadata.values()
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             parser.error(f"{_flag(field.name)} {value} must be {allowed}")
+    name = Path(getattr(config, "name", None) or "")
+    if name.is_absolute() or ".." in name.parts:
+        parser.error(f"--name {name} lies outside of runs/")
     return preset, config
 
 
@@ -157,9 +159,7 @@ def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Type of matrix products. "auto": bf16 if in hardware, else fp16 (CUDA) or fp32 (others)."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif precision == "auto" and device.type == "mps":
-        precision = "fp32"
-    elif precision == "auto":
+    elif precision == "auto":  # with mps, too: no processor of Apple's has these
         known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.8
         precision = "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -263,13 +263,12 @@ def save_checkpoint(path: str | Path, **content) -> None:
 
 def load_checkpoint(path: str | Path, stage: str) -> dict:
     """A checkpoint of `stage`. Nothing pickled in it is run. ValueError for any other file."""
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} is not a readable checkpoint ({reason})") from error
+        advice = "remove it to start anew"
+        raise ValueError(f"{path} is not a readable checkpoint ({reason}): {advice}") from error
     if not isinstance(state, dict) or state.get("stage") != stage:
         raise ValueError(f"{path} is not a checkpoint of {stage}.py")
     return state

@@ -67,17 +67,19 @@ class Run:
     def __init__(self, stage, name, cfg, model, optimizer, videos, device, **about):
         self.stage, self.folder, self.cfg = stage, Path("runs") / name, cfg
         self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
+        self.unreadable, self.losses = {}, []  # losses: of the steps since the last line
+        self.asked = self.stop = 0  # a signal: that this process got, that all of them act on
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if cfg.warmup >= cfg.epochs:
-            few = f"--warmup {cfg.warmup:g} leaves nothing of --epochs {cfg.epochs}"
-            raise ValueError(f"{few}: lower it, for example --warmup 0")
+            raise ValueError(f"--warmup {cfg.warmup:g} must be less than --epochs {cfg.epochs}")
         self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
         self.per_epoch = max(len(videos) // cfg.batch, 1)
         self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
         self.config = json.loads(json.dumps(config))  # lists instead of tuples, as after loading
-        self._lock()
+        if engine.rank() == 0:
+            self._lock()
         self.start = self.step = self._resume()
         how = (cfg.batch, self.micro, self.start, self.total, cfg.seed)
         self.order = engine.Order(len(videos), *how)
@@ -87,9 +89,11 @@ class Run:
             speed.save_memory(model, cfg.memory)
         self.net = DistributedDataParallel(model) if dist.is_initialized() else model
         self.log = Log(self.folder, self.start, self.total, self.config)
-        self.losses, self.unreadable, self.signals, self.stop = [], {}, [], False
-        self.pass_number, self.saved = 0, time.time()
-        self.begin, self.estimated = time.time(), device.type == "cuda"
+        self.begin = self.saved = time.time()
+        self.pass_number, self.estimated = 0, device.type == "cuda"
+        if self.start == self.total:
+            self.say(f"{self.folder} is finished: all {self.total} steps are done")
+            return
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         begin = f"going on after step {self.start}" if self.start else "starting at step 0"
         self.say(
@@ -97,21 +101,18 @@ class Run:
             f"warm-up), peak lr {cfg.base_lr * cfg.batch / 256:.3g}; {len(videos)} videos\n"
             f"batch {cfg.batch} = {engine.processes()} processes x {self.accumulation} passes x "
             f"{self.micro} videos, {cfg.repeats} clips of each; "
-            f"{millions:.1f} M parameters; {self.dtype} on {speed.machine(device)}"
+            f"{millions:.1f} M parameters; {self.dtype} on {device}"
         )
 
     def _lock(self) -> None:
         """ValueError while another run trains in this folder. The lock ends with the process."""
-        if engine.rank() > 0:
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try:
             # Of the kind that loader workers do not inherit: they may outlive a killed process.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            other = f"another process trains in {self.folder}"
-            raise ValueError(f"{other}: choose another --name, or wait for it") from error
+            raise ValueError(f"another process trains in {self.folder}") from error
 
     @staticmethod
     def say(text: str) -> None:
@@ -125,20 +126,16 @@ class Run:
         if not path.exists():
             return 0
         if not self.cfg.resume:
-            choice = "continue it with --resume, or choose another --name"
-            raise ValueError(f"{self.folder} holds a run already: {choice}")
+            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --name")
         state = engine.load_checkpoint(path, self.stage)
         before, now = ({**c.pop("flags"), **c} for c in (state["config"], dict(self.config)))
         changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
         if changed:
-            names, was = ", ".join(changed), [f"{k}: {str(before[k])[:40]}" for k in changed]
-            advice = "take that, or choose another --name (--init takes the weights along)"
-            raise ValueError(
-                f"--resume with another {names} than before ({'; '.join(was)}): {advice}"
-            )
+            was = "; ".join(f"{key} was {str(before[key])[:40]}" for key in changed)
+            raise ValueError(f"--resume with other flags ({was}): take these, or another --name")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():
+        if state["scaler"]:  # fp16, at least before
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
@@ -147,9 +144,7 @@ class Run:
 
         Several processes end together at the next log line, where they talk to each other anyway.
         """
-        numbers = [
-            getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)
-        ]
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         before = {number: signal.signal(number, self._note_signal) for number in numbers}
         try:
             for step in range(self.start, self.total):
@@ -162,9 +157,12 @@ class Run:
                 signal.signal(number, handler)
 
     def _note_signal(self, number: int, _) -> None:
-        self.signals.append(number)
+        self.asked = number
         if number == signal.SIGINT:  # a second Ctrl-C ends at once
             signal.signal(number, signal.default_int_handler)
+        if engine.rank() == 0:
+            when = "this step" if engine.processes() == 1 else "the next line of the log"
+            print(f"\nstopping after {when}", file=sys.stderr)
 
     def passes(self, batches):
         """Gradient accumulation: (clips, labels) on the device, for each forward pass of a step."""
@@ -177,9 +175,8 @@ class Run:
                 tqdm.write(f"left out, unreadable: {unreadable[path]}", file=sys.stderr)
             self.unreadable |= unreadable
             if clips is None or len(self.unreadable) > len(self.videos) / 10:
-                example = next(iter(self.unreadable.values()))
-                advice = "`python data.py check` names all: mend or remove them"
-                raise ValueError(f"over a tenth of the videos cannot be read ({advice}): {example}")
+                advice = "over a tenth of the videos cannot be read, see `python data.py check`"
+                raise ValueError(f"{advice}: {next(iter(self.unreadable.values()))}")
             # DDP averages the gradients of the processes in the last pass only.
             self.net.require_backward_grad_sync = number == self.accumulation - 1
             yield (x.to(self.device, non_blocking=True) for x in (clips, labels))
@@ -201,19 +198,14 @@ class Run:
         if self.pass_number == 0:
             self.losses.append(0.0)
         self.losses[-1] = self.losses[-1] + loss.detach()
-        if not self.estimated and time.time() - self.begin > 20:
-            self._estimate()
-
-    def _estimate(self) -> None:
-        """Say what a step takes without a GPU, where the whole run would take over an hour."""
-        self.estimated = True
-        passes = (self.step - self.start) * self.accumulation + self.pass_number + 1
-        seconds = (time.time() - self.begin) / passes * self.accumulation
-        hours = seconds * (self.total - self.start) / 3600
-        if hours > 1 and engine.rank() == 0:
-            here = f"a step takes {seconds:.1f} s on this {speed.machine(self.device)}"
-            whole = f"this run about {hours:,.0f} hours: most recipes are made for GPUs"
-            tqdm.write(f"{here}, {whole}", file=sys.stderr)
+        seconds = time.time() - self.begin
+        if seconds > 20 and not self.estimated and engine.rank() == 0:
+            # Without a GPU, and once: recipes made for GPUs may take weeks.
+            self.estimated = True
+            done = self.step - self.start + (self.pass_number + 1) / self.accumulation  # steps
+            hours = seconds / done * (self.total - self.start) / 3600
+            here = f"a step takes {seconds / done:.1f} s on this {self.device.type.upper()}"
+            tqdm.write(f"{here}, this run about {hours:,.1f} hours", file=sys.stderr)
 
     def update(self, lr: float) -> bool:
         """The optimizer's step; a log line and a checkpoint if it is time. True after a checkpoint.
@@ -233,7 +225,7 @@ class Run:
         due = done == self.total or time.time() - self.saved > 60 * self.cfg.save_minutes
         line = done == self.total or done % self.cfg.log_every == 0
         if engine.processes() == 1:
-            self.stop = bool(self.signals)
+            self.stop = self.asked
             line = line or due or self.stop  # only losses that are known to be finite are saved
         if line:
             self._log_line(done, lr)
@@ -251,20 +243,18 @@ class Run:
         losses = torch.stack(self.losses)
         if engine.processes() > 1:
             # Processes talk here only: about losses, and whether one was asked to stop.
-            mine = torch.cat([losses, losses.new_tensor([max(self.signals, default=0)])])
+            mine = torch.cat([losses, losses.new_tensor([self.asked])])
             parts = [torch.empty_like(mine) for _ in range(engine.processes())]
             dist.all_gather(parts, mine)
             losses = torch.stack(parts)[:, :-1].mean(dim=0)
-            self.signals = [int(part[-1]) for part in parts if part[-1] > 0]
-            self.stop = bool(self.signals)
+            self.stop = int(max(part[-1] for part in parts))
         losses, self.losses = losses.tolist(), []
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):
                 names = [str(self.videos.split.paths[i]) for i, _ in self.order.step_keys(step)]
-                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
                 raise ValueError(
                     f"the loss is {loss} at step {step} (lr {lr:.3g}): try a lower --base-lr, "
-                    f"--clip-grad 1 or --precision fp32; its videos: {', '.join(names[:8])}{more}"
+                    f"--clip-grad 1 or --precision fp32; videos: {', '.join(names[:8])}"
                 )
         clips = len(losses) * self.cfg.batch * self.cfg.repeats
         values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
@@ -273,13 +263,19 @@ class Run:
     def close(self) -> None:
         """Say what was left out and what took the time. After a signal, end the program."""
         self.log.bar.close()
-        bottleneck = self.log.bottleneck(self.cfg.workers)
-        self.say(f"{len(self.unreadable)} unreadable videos; {bottleneck}")
+        if self.start == self.total:  # it was finished before
+            return
+        share = self.log.without / (time.time() - self.begin)
+        if share > 0.2:
+            cores = f"now {self.cfg.workers}; {os.cpu_count()} cores here"
+            self.say(f"take more --workers ({cores}), or see `python data.py prepare`")
+        waited = f"{share:.0%} of the time was spent waiting for videos"
+        self.say(f"{len(self.unreadable)} unreadable videos; {waited}")
         if self.stop:
-            number = signal.Signals(self.signals[0])
             done = f"after step {self.step + 1} of {self.total}"
-            self.say(f"stopped by {number.name} {done}: the same command with --resume goes on")
-            sys.exit(130 if number == signal.SIGINT else 0)
+            name = signal.Signals(self.stop).name
+            self.say(f"stopped by {name} {done}: the same command with --resume goes on")
+            sys.exit(130 if self.stop == signal.SIGINT else 0)
 
 
 @torch.no_grad()
@@ -295,11 +291,9 @@ class Log:
 
     def __init__(self, folder: Path, start: int, total: int, config: dict):
         self.path, self.last, self.time = folder / "log.jsonl", start, time.time()
-        self.waited = 0.0  # seconds without data since the last line
-        self.seconds, self.without = 0.0, 0.0  # the same of all lines: all, and without data
+        self.waited = self.without = 0.0  # seconds without data: since the last line, and of all
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
             old = [line for line in old if line.endswith("}")]  # the last may have been cut short
             kept = [line for line in old if json.loads(line).get("step", 0) <= start]
@@ -318,17 +312,8 @@ class Log:
         seconds = max(time.time() - self.time, 1e-9)
         speeds = dict(clips_per_s=clips / seconds, waiting_for_data=self.waited / seconds)
         self.write(step=done, **values, **speeds)
-        recent = dict(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
-        self.bar.set_postfix(recent, refresh=False)
+        loss, lr = f"{values['loss']:.4f}", f"{values['lr']:.2e}"
+        self.bar.set_postfix(loss=loss, lr=lr, refresh=False)
         self.bar.update(done - self.last)
-        self.seconds, self.without = self.seconds + seconds, self.without + self.waited
+        self.without += self.waited
         self.last, self.time, self.waited = done, time.time(), 0.0
-
-    def bottleneck(self, workers: int) -> str:
-        """Whether videos or computing took the time, and what would change that."""
-        share = self.without / max(self.seconds, 1e-9)
-        waited = f"{share:.0%} of the time was spent waiting for videos"
-        if share < 0.05:
-            return f"computing is the bottleneck: {waited}"
-        more = f"raise --workers (now {workers}; {os.cpu_count()} cores here)"
-        return f"data is the bottleneck: {waited}; {more}, or see `python data.py prepare`"

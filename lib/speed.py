@@ -9,15 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
 # What takes long to compute again, in the forward pass of a block.
-COSTLY = {
+COSTLY = [
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -25,12 +21,7 @@ COSTLY = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
-
-
-def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    keep = op in COSTLY
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+]
 
 
 def save_memory(model: nn.Module, how: str) -> None:
@@ -44,12 +35,13 @@ def save_memory(model: nn.Module, how: str) -> None:
     """
     if how == "fast":
         return
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    options = dict(context_fn=contexts) if how == "less" else {}
-    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    for block in [block for stack in stacks for block in stack]:
-        # As an attribute of the object, it hides the method of its class.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+    save = partial(checkpoint, use_reentrant=False)
+    if how == "less":
+        save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, COSTLY))
+    for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
+        for block in stack:
+            # As an attribute of the object, it hides the method of its class.
+            block.forward = partial(save, block.forward)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -65,16 +57,6 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
         if dim < 192 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
     return model.to(device)
-
-
-def machine(device: torch.device) -> str:
-    """The device in words, for the line that a stage prints at its start."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    threads = torch.get_num_threads()
-    return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
 
 
 # ---------------------------------------------------------------------- attention on CPUs, in bf16
@@ -96,29 +78,24 @@ def use_faster_attention() -> None:
     theirs = torch.library.get_kernel(f"aten::{KERNEL}", "CPU")
     theirs_backward = torch.library.get_kernel(f"aten::{KERNEL}_backward", "CPU")
 
-    def plain(q, dropout, causal, attn_mask, scale) -> bool:
+    def plain(q, dropout=0.0, causal=False, attn_mask=None, scale=None) -> bool:
         special = dropout or causal or attn_mask is not None or scale is not None
         return q.dtype == torch.bfloat16 and not special
 
-    def attend(keys, q, k, v, dropout=0.0, causal=False, *, attn_mask=None, scale=None):
-        if plain(q, dropout, causal, attn_mask, scale):
+    def attend(keys, q, k, v, *rest, **options):
+        if plain(q, *rest, **options):
             # The second result, a statistic that only their backward needs, stays empty.
             return attention(q, k, v), q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float()
-        options = dict(attn_mask=attn_mask, scale=scale)
-        return theirs.call_boxed(keys, q, k, v, dropout, causal, **options)
+        return theirs.call_boxed(keys, q, k, v, *rest, **options)
 
-    def attend_backward(
-        keys, grad, q, k, v, out, statistic, dropout, causal, *, attn_mask=None, scale=None
-    ):
-        if plain(q, dropout, causal, attn_mask, scale):
+    def attend_backward(keys, grad, q, k, v, out, statistic, *rest, **options):
+        if plain(q, *rest, **options):
             return attention_backward(grad, q, k, v)
-        arguments, options = (grad, q, k, v, out, statistic), dict(attn_mask=attn_mask, scale=scale)
-        return theirs_backward.call_boxed(keys, *arguments, dropout, causal, **options)
+        return theirs_backward.call_boxed(keys, grad, q, k, v, out, statistic, *rest, **options)
 
-    LIBRARY.impl(KERNEL, attend, "CPU", with_keyset=True, allow_override=True)
-    LIBRARY.impl(
-        f"{KERNEL}_backward", attend_backward, "CPU", with_keyset=True, allow_override=True
-    )
+    how = dict(dispatch_key="CPU", with_keyset=True, allow_override=True)
+    LIBRARY.impl(KERNEL, attend, **how)
+    LIBRARY.impl(f"{KERNEL}_backward", attend_backward, **how)
 
 
 def in_cache(*tensors: Tensor, weights: int):

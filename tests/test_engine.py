@@ -28,6 +28,7 @@ class Flags:
     cube: tuple[int, ...] = engine.opt((2, 8, 8), "pixels")
     flip_it: bool = engine.opt(True, "mirror")
     data: str | None = engine.opt(None, "folder")
+    name: str | None = engine.opt(None, "of the run")
 
 
 PRESETS = {"small": dict(count=1), "big": dict(count=9, rate=2.0), "own": dict(count=2)}
@@ -41,7 +42,7 @@ def test_flags_beat_presets_and_presets_beat_defaults():
     assert parse("") == ("small", Flags(count=1))
     line = "big --rate 5 --cube 1 2 3 --no-flip-it --kind b"
     assert parse(line) == ("big", Flags(9, 5.0, "b", (1, 2, 3), False))
-    assert parse("--flip_it --rate=-1e-3")[1] == Flags(count=1, rate=-1e-3)  # underscores work too
+    assert parse("--flip-it --rate=-1e-3")[1] == Flags(count=1, rate=-1e-3)
     assert parse("--data a_b") == ("own", Flags(count=2, data="a_b"))  # never the toy recipe
     assert parse("big --data=x")[0] == "big"
 
@@ -49,7 +50,7 @@ def test_flags_beat_presets_and_presets_beat_defaults():
 @pytest.mark.parametrize(
     "line",
     ["--cuont 3", "--coun 3", "huge", "--count many", "--kind c", "--flip-it False", "--count -1",
-     "--count 10", "--count nan"],
+     "--count 10", "--count nan", "--name ../x", "--name a/../../x", "--name /x"],
 )  # fmt: skip
 def test_mistakes_in_flags_are_one_line_and_exit_code_2(line, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -151,7 +152,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
     torch.save({"stage": "pretrain", "model": torch.zeros(10000)}, "whole.pt")
     open("cut.pt", "wb").write(open("whole.pt", "rb").read()[:20000])
     for name in ("text", "attack", "other", "finetune", "cut", "missing"):
-        with pytest.raises(ValueError, match=f"{name}.pt"):
+        with pytest.raises(ValueError, match=f"^{name}.pt is not a"):
             engine.load_checkpoint(f"{name}.pt", "pretrain")
     assert not os.path.exists("was-here")
 
@@ -161,7 +162,8 @@ def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         engine.cli(lambda argv: engine.load_checkpoint("none.pt", "pretrain"))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said == "error: no checkpoint none.pt\n"
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: none.pt is not") and said.endswith("remove it to start anew\n")
     with pytest.raises(ValueError, match="Expecting value"):
         engine.cli(lambda argv: json.loads("no json"))
 
@@ -212,11 +214,14 @@ def finish(run, before_step=lambda step: None, unreadable=None):
             yield clips, clips.long(), unreadable or {}
 
     source = batches()
-    for step in run.steps():
-        before_step(step)
-        for clips, _ in run.passes(source):
-            run.backward(run.net(clips))
-        run.update(0.1)
+    try:
+        for step in run.steps():
+            before_step(step)
+            for clips, _ in run.passes(source):
+                run.backward(run.net(clips))
+            run.update(0.1)
+    finally:
+        run.log.bar.close()  # else the garbage collector does it, while tqdm goes through its bars
     run.close()
     return run
 
@@ -247,10 +252,13 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
     assert "6 (2 epochs" in said and "1 processes x 2 passes x 2 videos" in said
     with pytest.raises(ValueError, match="--resume"):
         begin()
-    with pytest.raises(ValueError, match=r"another epochs than before \(epochs: 2\)"):
+    with pytest.raises(ValueError, match=r"with other flags \(epochs was 2\)"):
         begin(resume=True, epochs=3)
-    with pytest.raises(ValueError, match="leaves nothing"):
+    with pytest.raises(ValueError, match="--warmup 2 must be less than --epochs 2"):
         begin(warmup=2)
+    finish(begin(resume=True))  # nothing is left to do, and nothing is done
+    assert capsys.readouterr().out == "runs/x is finished: all 6 steps are done\n"
+    assert [line["step"] for line in lines()[1:]] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
@@ -263,7 +271,9 @@ def test_a_signal_saves_after_the_step_and_resume_goes_on(
     with pytest.raises(SystemExit) as stop:
         finish(begin(), send)
     assert stop.value.code == code and signal.getsignal(getattr(signal, name)) == before
-    assert f"stopped by {name} after step 3 of 6" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"stopped by {name} after step 3 of 6" in said.out
+    assert "stopping after this step\n" in said.err  # at once
     assert engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["step"] == 3
     open("runs/x/log.jsonl", "a").write('{"step": 5, "loss": 1}\n{"step": 4, "lo')  # killed later
     finish(begin(resume=True))
@@ -309,7 +319,7 @@ def test_a_new_run_forgets_an_old_log(tmp_path):
     assert "step" not in (tmp_path / "log.jsonl").read_text()
 
 
-def test_without_a_gpu_a_long_run_says_once_what_it_takes(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_a_run_says_once_what_it_takes(tmp_path, monkeypatch, capsys):
     """Here as if three hours had gone when the third pass ends, the first of the second step."""
     monkeypatch.chdir(tmp_path)
 
@@ -320,12 +330,7 @@ def test_without_a_gpu_a_long_run_says_once_what_it_takes(tmp_path, monkeypatch,
     finish(run, slow)
     lines = [line for line in capsys.readouterr().err.splitlines() if "a step takes" in line]
     assert len(lines) == 1 and "a step takes 7200.0 s on this CPU" in lines[0]
-    assert "this run about 24 hours" in lines[0]
-    os.rename("runs/x", "runs/y")
-    run = begin()
-    run.begin -= 30  # a short run says nothing
-    finish(run)
-    assert run.estimated and "a step takes" not in capsys.readouterr().err
+    assert "this run about 24.0 hours" in lines[0]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -371,7 +376,7 @@ def test_devices_and_precision(monkeypatch):
         engine.setup("mps")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)  # untested beyond this
     mps = engine.setup("mps")
-    assert mps.type == "mps" and engine.precision_dtype("auto", mps) == torch.float32
+    assert mps.type == "mps"
 
 
 def test_a_loader_worker_that_dies_in_a_step_is_one_line(monkeypatch, capsys):

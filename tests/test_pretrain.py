@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 
 import pretrain
 import visualize
@@ -83,10 +82,11 @@ def test_processes_change_nothing(beside, train):
     pretrain.main([*flags, "--micro", "2", "--name", "one"])
     train(2, "pretrain", *flags, "--micro", "2", "--name", "two")
     train(4, "pretrain", *flags, "--micro", "2", "--name", "four")
+    expected = weights("one")
     for name in ("two", "four"):
         assert losses(name) == pytest.approx(losses("one"), rel=1e-5)
         for key, value in weights(name).items():
-            torch.testing.assert_close(value, weights("one")[key], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-3)
 
 
 def test_a_signal_saves_and_resuming_is_exact(beside, monkeypatch, capsys):
@@ -227,16 +227,24 @@ def test_mistakes_are_one_line_and_exit_code_2(here, capfd, monkeypatch, flags, 
     assert last.startswith("error: ") and words in last
 
 
-def test_torchrun_and_a_mistake_in_a_worker(here):
+def launch(argv, errors):
+    """What the command torchrun does, with its errors in a file."""
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+    torch.distributed.run.main(argv)
+
+
+def test_torchrun_and_a_mistake_in_a_worker(here, forks):
     """The command as the README has it. The mistake comes from a loader worker."""
     os.makedirs("texts")
     for i in range(12):
         open(f"texts/{i}.avi", "w").write("not a video")
     script = [pretrain.__file__, "toy", "--data", "texts", "--batch", "4", "--workers", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", *script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and said and "texts/" in said[0] and "tenth" in said[0]
+    job = forks.Process(target=launch, args=(["--nproc_per_node", "1", *script], "errors.txt"))
+    job.start()
+    job.join(120)
+    said = [line for line in open("errors.txt").read().splitlines() if line.startswith("error: ")]
+    assert job.exitcode == 1 and said and "texts/" in said[0] and "tenth" in said[0]
 
 
 def test_own_videos_get_a_batch_and_steps_that_fit(here, monkeypatch, capsys):
