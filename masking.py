@@ -6,7 +6,7 @@ one token. Its index is n = (time * h + row) * w + column. A masking strategy is
 
     mask = strategy(video, grid, ratio, generator)
 
-    video      B clips (B, T, C, H, W); a strategy of yours may look at their pixels
+    video      B clips (B, T, C, H, W) of H x W pixels; your own strategy may look at them
     grid       (t, h, w)
     ratio      share of the tokens to mask, between 0 and 1
     generator  torch.Generator on the device of the video; None: torch's global one
@@ -24,11 +24,11 @@ Generator = torch.Generator | None
 
 
 def num_masked(total: int, ratio: float) -> int:
-    """How many of `total` places to mask: floor(ratio * total), as in the official code.
+    """How many of `total` places to mask: floor(ratio * total), the official code's rule.
 
     Raises ValueError where nothing would be masked or nothing would stay visible.
     """
-    # 0.29 * 100 is 28.999999999999996 in floating point. The 1e-6 makes it 29 (ours).
+    # 0.29 * 100 is 28.999999999999996 in floating point. The 1e-6 (ours) makes it 29.
     count = int(ratio * total + 1e-6)
     if not 0 < count < total:
         raise ValueError(f"mask ratio {ratio} must mask at least 1 of {total} places, and not all")
@@ -38,7 +38,7 @@ def num_masked(total: int, ratio: float) -> int:
 def choose(video: Tensor, total: int, ratio: float, generator: Generator = None) -> Tensor:
     """(B, total) bool: in each row, num_masked(total, ratio) random places are True."""
     noise = torch.rand(len(video), total, generator=generator, device=video.device)
-    # argsort gives a random permutation of 0 ... total - 1: count of its values are below count.
+    # argsort gives each place a random rank from 0 to total - 1. The lowest ranks are masked.
     count = num_masked(total, ratio)
     return noise.argsort(dim=1) < count
 
@@ -49,9 +49,9 @@ def tube_mask(video: Tensor, grid: Grid, ratio: float, generator: Generator = No
     The paper draws each place from Bernoulli(ratio). This masks an exact number (official code).
     """
     t, h, w = grid
-    # Neighbouring frames are nearly alike. If a cube were masked at one time step only, the decoder
+    # Neighbouring frames are nearly alike. If a cube were masked at one time step only, the model
     # could copy it from the same place one step later. A tube masks that place at all time steps.
-    # Tokens of one time step are neighbours in n, so repeating the mask gives all steps the same.
+    # The h*w tokens of a time step are consecutive, so repeating the mask gives all steps the same.
     return choose(video, h * w, ratio, generator).repeat(1, t)
 
 

@@ -1,12 +1,12 @@
 """VideoMAE (Tong et al., NeurIPS 2022): a masked autoencoder for video.
 
-    video -> cubes -> visible cubes -> encoder -> latents + mask tokens -> decoder -> masked cubes
+    video -> cubes -> visible cubes -> encoder -> latents, mask tokens -> decoder -> masked cubes
 
 After pre-training the decoder is thrown away and the encoder is fine-tuned, see Classifier. Letters
-in shapes, here and in every other file, with the numbers of a base model and 90 % masking:
+in shapes, here and in every other file, with the numbers of a base model and tubes at 90 %:
 
     B  clips in the batch     T  frames, 16     C  colours, 3     H, W  height and width, 224 pixels
-    N  tokens, one per cube: 8 * 14 * 14 = 1568    V  visible tokens, 160    M  masked tokens, 1408
+    N  tokens, one per cube: 8 * 14 * 14 = 1568    V  visible, 8 * 20 = 160    M  masked, 8 * 176
     D  width of a token, 768; in the decoder d, 384    P  values of a cube, 2 * 16 * 16 * 3 = 1536
 
 A video is (B, T, C, H, W): uint8 in 0-255 or float in 0-1. Parameters are named as in the official
@@ -42,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        # The keys need no bias: it would add the same number to all logits of a query.
+        # The keys need no bias: it adds the same to all logits of a query, which softmax ignores.
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
@@ -120,9 +120,8 @@ def normalize_cubes(cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # the loss. Without them, what counts is the structure within the cube.
     pixels = rearrange(cubes, "b n (pixels c) -> b n pixels c", c=3)  # colour is the fastest index
     mean = pixels.mean(dim=2, keepdim=True)
-    std = (
-        pixels.std(dim=2, keepdim=True) + 1e-6
-    )  # so that a cube of one colour does not divide by 0
+    # The 1e-6 is there so that a cube of one colour does not divide by 0.
+    std = pixels.std(dim=2, keepdim=True) + 1e-6
     return rearrange((pixels - mean) / std, "b n pixels c -> b n (pixels c)"), mean, std
 
 
@@ -138,7 +137,7 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     """Fixed position embeddings of all tokens, (N, D) float32. Two kinds:
 
     "1d", the official code: sine and cosine of the token index n.
-    "3d", ours: a third of the D values each for time, row and column. Narrow models learn sooner.
+    "3d", ours: a third of the D values each for time, row, column. Narrow models learn sooner so.
     """
     t, h, w = grid
     n = torch.arange(t * h * w)  # the tokens in their order
@@ -148,7 +147,8 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     # With an axis each for time, row and column, all neighbours get similar codes.
     time, row, column = n // (h * w), n // w % h, n % w
     third = dim // 6 * 2  # an even number of values; those left over stay 0
-    table = [sincos(axis, third, 100) for axis in (time, row, column)]  # axes are short: not 10000
+    # An axis has tens of steps, not thousands. So the temperature is 100, not 10000.
+    table = [sincos(axis, third, 100) for axis in (time, row, column)]
     return F.pad(torch.cat(table, dim=1), (0, dim - 3 * third)).float()
 
 
@@ -163,7 +163,7 @@ def split_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     ValueError unless all clips mask the same number of tokens, at least one and not all.
     """
-    # V and M must be numbers on the CPU, so it waits for the GPU here, and nowhere else in a step.
+    # V and M must be numbers on the CPU. So the CPU waits for the GPU here, only here in forward.
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(f"all clips must mask the same number of tokens, not {counts}")
@@ -193,7 +193,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.blocks.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
-        # Input pixels are normalised by ImageNet's statistics. The target is made from them in 0-1.
+        # Input pixels are normalised by ImageNet's statistics. The target is made from the pixels
+        # before that, in 0-1. These tensors are constants, so no checkpoint needs them.
         for name, colours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(colours).repeat(cube_pixels), persistent=False)
 
@@ -225,11 +226,11 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, values)
         self.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
 
-    def forward(self, x: Tensor, last: int) -> Tensor:
-        """(B, N, d) -> (B, last, values): predictions for the last tokens."""
+    def forward(self, x: Tensor, num_last: int) -> Tensor:
+        """(B, N, d) -> (B, num_last, values): predictions for the last tokens."""
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, -last:]))
+        return self.head(self.norm(x[:, -num_last:]))
 
 
 class VideoMAE(nn.Module):
@@ -244,7 +245,7 @@ class VideoMAE(nn.Module):
     loss           a name of LOSSES; other targets and decoders are subclasses, see lib/variants.py
     """
 
-    frame_factor = 1  # clips are loaded with frame_factor * T frames
+    frame_factor = 1  # a variant that predicts more frames than T gets frame_factor * T of them
 
     def __init__(
         self, size="base", video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
@@ -256,20 +257,16 @@ class VideoMAE(nn.Module):
             decoder_depth=decoder_depth, normalize=normalize, loss=loss,
         )  # fmt: skip
         s = SIZES[size]
-        dim, depth = (
-            s["decoder_dim"],
-            decoder_depth or s["decoder_depth"],
-        )  # the decoder's, dim is d
+        d, depth = s["decoder_dim"], decoder_depth or s["decoder_depth"]  # the decoder's
         self.normalize, self.loss = normalize, LOSSES[loss]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
-        self.encoder_to_decoder = nn.Linear(s["dim"], dim, bias=False)
+        self.encoder_to_decoder = nn.Linear(s["dim"], d, bias=False)
         # All masked cubes get the same learned vector. Only position embeddings tell them apart.
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        nn.init.trunc_normal_(
-            self.mask_token, std=0.02, a=-0.02, b=0.02
-        )  # cut at one std (official)
-        self.register_buffer("decoder_pos_embed", position_table(self.encoder.grid, dim, positions))
-        self.decoder = Decoder(dim, depth, s["decoder_heads"], self.target_values())
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        # Its initial values are cut at one standard deviation (official code).
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        self.register_buffer("decoder_pos_embed", position_table(self.encoder.grid, d, positions))
+        self.decoder = Decoder(d, depth, s["decoder_heads"], self.target_values())
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Video (B, T, C, H, W), mask (B, N), True = masked -> loss and predictions (B, M, P).
@@ -287,7 +284,7 @@ class VideoMAE(nn.Module):
         unseen = self.mask_token + self.decoder_pos_embed[masked]  # (B, M, d)
         # Order does not matter to attention, because each token carries its position. So the masked
         # tokens simply come last. Only they are predicted.
-        return self.decoder(torch.cat([seen, unseen], dim=1), last=masked.shape[1])
+        return self.decoder(torch.cat([seen, unseen], dim=1), num_last=masked.shape[1])
 
     def target(self, video: Tensor, masked: Tensor) -> Tensor:
         """What to predict at the masked tokens (B, M): (B, M, P) float32."""

@@ -1,13 +1,13 @@
 """Pre-train VideoMAE: mask most of a clip, predict the masked pixels (paper, sections 3.3 and 4.1).
 
     python pretrain.py                          # preset toy: toy videos, minutes on one CPU core
-    python pretrain.py ucf101 --data UCF-101 --splits ucfTrainTestlist --micro 32        # one GPU
+    python pretrain.py ucf101 --data UCF-101 --splits ucfTrainTestlist --micro 32   # 32 per pass
     torchrun --nproc_per_node 8 pretrain.py hmdb51 --data hmdb51 --splits testTrainMulti_7030_splits
     python pretrain.py --data FOLDER            # preset own: your own videos
 
 Leaves checkpoint.pt, log.jsonl, loss.png, reconstruction.png in runs/NAME. With --resume, the same
-command goes on. The log begins with the loss of the best constant prediction (normalised cubes: 1).
-Expect a loss that begins above it, stays near it for a while, then falls, ever more slowly.
+command goes on. The log begins with the loss of the best constant prediction. For normalised cubes
+it is 1. Expect a loss that begins above it, stays near it for a while, then falls ever more slowly.
 """
 
 from dataclasses import dataclass
@@ -40,9 +40,7 @@ class Config(RunConfig):
     stride: int = opt(4, "frames of the video from one frame of a clip to the next", 1)
     resolution: int = opt(224, "height and width of a clip, pixels", 1)
     flip: bool = opt(False, "mirror half of the clips; not where left and right tell classes apart")
-    repeats: int = opt(
-        1, "clips cut from each video; --batch and the learning rate count videos", 1
-    )
+    repeats: int = opt(1, "clips per video; --batch, and so the learning rate, counts videos", 1)
     # model
     init: str | None = opt(None, "weights to start from: ours, official, Hugging Face, of images")
     model: Literal[tuple(MODELS)] = opt("videomae", "the paper's, or a variant of lib/variants.py")
@@ -94,7 +92,7 @@ def main(argv: list[str]) -> None:
 
     # Data: clips stay uint8 until they are on the device.
     split = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
-    factor = Model.frame_factor
+    factor = Model.frame_factor  # 1, but for a variant that loads more frames of the same time
     sample = partial(sample_clip, frames=factor * cfg.frames, stride=cfg.stride // factor)
     videos = Videos(split, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
     cfg = fit_to_set(preset, cfg, len(videos))  # own: batch, epochs and warm-up
@@ -120,19 +118,22 @@ def main(argv: list[str]) -> None:
     run = Run("pretrain", cfg.name or f"pretrain-{preset}", cfg, model, optimizer, videos, device)
     batches = make_loader(videos, run.order, cfg.workers, pin=device.type == "cuda")
     for step in run.steps():
-        for clips, _ in run.passes(batches):  # clips (B, T, C, H, W) uint8: gradient accumulation
-            # Seeded by seed, step and pass: masks are the same after --resume, and on any number of
-            # GPUs with the same --micro. Globally, because --model cell draws, too.
+        # Gradient accumulation. The clips of a pass are (micro * repeats, T, C, H, W) uint8.
+        for clips, _ in run.passes(batches):
+            # The seed is made of --seed, the step, and the number of the pass among those of all
+            # GPUs. So each pass has its own masks. They are the same after --resume, and on any
+            # number of GPUs with the same --micro.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():
-                loss, _ = run.net(clips, mask)
-            run.backward(loss)
+                loss, _ = run.net(clips, mask)  # the model, under DDP with several GPUs
+            run.backward(loss)  # the gradients become their mean over passes and GPUs
         if step == 0:
             run.log.write(constant_loss=loss_of_constant(model, clips))
         # Linear warm-up from 0 to the peak, then half a cosine down to the final rate.
         lr = engine.cosine_lr(step, run.total, run.warmup, peak_lr, final_lr)
-        saved = run.update(lr)  # the optimizer's step; now and then a log line and a checkpoint
+        # Clip the gradients, take a step of AdamW, zero the gradients. Now and then log and save.
+        saved = run.update(lr)
         if saved:
             visualize.plot_log(run.folder)
 
