@@ -191,8 +191,7 @@ class Erase(v2.RandomErasing):
 
 def pretrain_transform(size: int, flip: bool) -> v2.Transform:
     """Augmentation of pre-training: MultiScaleCrop; with `flip`, half of the clips mirrored."""
-    flips = [v2.RandomHorizontalFlip()] if flip else []
-    return v2.Compose([MultiScaleCrop(size), *flips])
+    return v2.Compose([MultiScaleCrop(size)] + [v2.RandomHorizontalFlip()] * flip)
 
 
 def finetune_transform(
@@ -216,11 +215,6 @@ def finetune_transform(
     if erase:
         steps.append(Erase(erase))
     return v2.Compose(steps)
-
-
-def eval_transform(size: int) -> v2.Transform:
-    """Short side to `size` pixels, then the central square."""
-    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
 def spatial_views(clip: Tensor, size: int, crops: int, antialias: bool = True) -> Tensor:
