@@ -191,7 +191,8 @@ class Erase(v2.RandomErasing):
 
 def pretrain_transform(size: int, flip: bool) -> v2.Transform:
     """Augmentation of pre-training: MultiScaleCrop; with `flip`, half of the clips mirrored."""
-    return v2.Compose([MultiScaleCrop(size)] + [v2.RandomHorizontalFlip()] * flip)
+    flips = [v2.RandomHorizontalFlip()] if flip else []
+    return v2.Compose([MultiScaleCrop(size), *flips])
 
 
 def finetune_transform(

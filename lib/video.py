@@ -3,7 +3,7 @@
 A frame's index counts the frames that a player shows, in order from 0, whatever their times.
 Two ways lead to the same frames. Where every packet is one frame and says when it is shown (MP4 and
 Matroska), only what the wanted frames need is decoded. All other files are decoded from their start
-and counted, and so are files in which a frame is not as its packet announced. Pixels are square.
+and counted, and so are files in which a frame is not as announced. Pixels are taken as square.
 """
 
 import contextlib
