@@ -218,11 +218,6 @@ def finetune_transform(
     return v2.Compose(steps)
 
 
-def eval_transform(size: int) -> v2.Transform:
-    """Short side to `size` pixels, then the central square."""
-    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-
-
 def spatial_views(clip: Tensor, size: int, crops: int, antialias: bool = True) -> Tensor:
     """(T, C, H, W) -> (crops, T, C, size, size): short side to `size`, squares along the other."""
     clip = VF.resize(clip, size, antialias=antialias)

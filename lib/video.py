@@ -2,9 +2,8 @@
 
 A frame's index counts the frames that a player shows, in order from 0, whatever their times.
 Two ways lead to the same frames. Where every packet is one frame and says when it is shown (MP4 and
-Matroska), the packets tell which of them must be decoded. All other files are decoded from their
-start and counted, and so are files in which a decoded frame is not as its packet announced.
-Pixels are taken as square.
+Matroska), only what the wanted frames need is decoded. All other files are decoded from their start
+and counted, and so are files in which a frame is not as announced. Pixels are taken as square.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import dropwhile, groupby, islice
+from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
 
 import av
@@ -31,7 +30,6 @@ IGNORE = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19
 
 TIMED = {"mp4", "matroska"}  # containers whose packets carry true display times
 ONE_FRAME_PER_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
-LONG_BYTES, LONG_FRAMES = 2**24, 3000  # above either, not all packets of a file are read
 
 # How many frames a file shows, of files that must be decoded to know: (path, bytes, time) -> count.
 _counts: dict[tuple[str, int, int], int] = {}
@@ -45,13 +43,12 @@ def read_frames(path: str | Path, pick: list[int] | Callable[[int], list[int]]) 
     frame is what a player shows. Memory grows with K and not with the file.
     Raises ValueError, with the path, for a file that cannot be decoded or a frame it does not have.
     """
+    choose = pick if callable(pick) else lambda total: pick
     with _one_line(path), _open(path) as container:
         stream = _video_stream(container)
-        clip = _by_times(path, container, stream, pick)
-        if clip is None:
-            # Only AVI has a table of all packets that is almost the number of frames.
-            avi = container.format.name == "avi"
-            clip = _from_start(path, pick, len(stream.index_entries) if avi else 0)
+        clip = _by_times(path, container, stream, choose)
+        # AVI has a table of all packets. It is almost the number of frames.
+        clip = clip or _from_start(path, choose, guess=len(stream.index_entries) or 1)
     return torch.from_numpy(clip.pixels).permute(0, 3, 1, 2)
 
 
@@ -82,18 +79,17 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
 
     Raises ValueError, with the path, for a file that cannot be read to its end or shows nothing.
     """
-    with _one_line(path, found), _open(path) as container:
+    with _one_line(path), _open(path) as container:
         stream = _video_stream(container)
         context = stream.codec_context
         found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
         if "mp4" in container.format.name.split(","):  # an edit list may show only a part
             found.announced = sum(not entry.is_discard for entry in stream.index_entries)
         found.size = context.width, context.height
-        packets = _packets(container, stream)
-        packet = next(packets, None)
-        while True:
+        # None at the end: what the decoder still holds.
+        for packet in chain(_packets(container, stream), [None]):
             try:
-                frames = context.decode(packet)  # None at the end: what the decoder still holds
+                frames = context.decode(packet)
             except av.InvalidDataError:  # players go on, too
                 frames = []
                 found.damaged += 1
@@ -101,9 +97,6 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
                 found.frames += 1
                 found.damaged += frame.is_corrupt
                 yield frame
-            if packet is None:
-                break
-            packet = next(packets, None)
         if not found.frames:
             raise OSError("no frame could be decoded")
 
@@ -124,24 +117,21 @@ def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 def shown(path: str | Path) -> str:
     """A path for a line of text: what would break the line or is no text is escaped."""
-    parts = []
-    for sign in str(path):
-        plain = sign.isprintable() or sign in "\xa0\u3000"  # these two are spaces
-        parts.append(sign if plain else sign.encode("unicode_escape").decode())
-    return "".join(parts)
+    plain = lambda sign: sign.isprintable() or sign in "\xa0\u3000"  # these two are spaces
+    escaped = lambda sign: sign.encode("unicode_escape").decode()
+    return "".join(sign if plain(sign) else escaped(sign) for sign in str(path))
 
 
 # ------------------------------------------------------------------------------ opening a file
 
 
 @contextlib.contextmanager
-def _one_line(path: str | Path, found: Probe | None = None):
+def _one_line(path: str | Path):
     """Turn the errors of files and of FFmpeg into a ValueError of one line, with the path."""
     try:
         yield
     except (av.FFmpegError, OSError) as error:
-        after = f" after {found.frames} frames" if found and found.frames else ""
-        raise ValueError(f"{shown(path)}: {error.strerror or error}{after}") from error
+        raise ValueError(f"{shown(path)}: {error.strerror or error}") from error
 
 
 def _open(path: str | Path):
@@ -196,14 +186,9 @@ class _Clip:
         self.missing.remove(index)
 
 
-def _asked(pick, total: int) -> list[int]:
-    """The frames that `pick` wants of a file of `total`."""
-    return [int(index) for index in (pick(total) if callable(pick) else pick)]
-
-
-def _choose(path, pick, total: int) -> list[int]:
-    """The frames that `pick` wants; ValueError where the file has not got them."""
-    wanted = _asked(pick, total)
+def _choose(path, choose, total: int) -> list[int]:
+    """The frames that `choose` wants; ValueError where the file has not got them."""
+    wanted = choose(total)
     if not wanted or min(wanted) < 0 or max(wanted) >= total:
         raise ValueError(f"{shown(path)}: asked for frames {wanted}, it has {total}")
     return wanted
@@ -212,70 +197,103 @@ def _choose(path, pick, total: int) -> list[int]:
 # ---------------------------------------------------------------- the first way: by display times
 
 
-def _by_times(path, container, stream, pick) -> _Clip | None:
+def _by_times(path, container, stream, choose) -> _Clip | None:
     """The wanted frames, from no more packets than they need; None where times are not sure."""
-    formats = set(container.format.name.split(","))
-    if not formats & TIMED or stream.codec_context.codec.id not in ONE_FRAME_PER_PACKET:
+    formats, context = set(container.format.name.split(",")), stream.codec_context
+    if not formats & TIMED or context.codec.id not in ONE_FRAME_PER_PACKET:
         return None
-    size = stream.codec_context.width, stream.codec_context.height
-    if os.stat(path).st_size > LONG_BYTES or len(stream.index_entries) > LONG_FRAMES:
-        film = _Film(path, container, stream, "dts" if "mp4" in formats else "pts")
-        if not film.sure:
-            return None
-        clip = _Clip(_choose(path, pick, film.before[-1]), size)
-        windows = film.windows(clip.wanted)
-    else:
-        packets = list(_packets(container, stream))
-        times = _times(packets)
-        if not times:
-            return None
-        clip = _Clip(_choose(path, pick, len(times)), size)
-        windows = [(packets, 0)]
-    for packets, first in windows:
-        times = _times(packets, first)
-        if not times:
-            return None
-        number = {time: first + i for i, time in enumerate(times)}
-        for part in _parts(packets, number, clip.missing):
-            if not _decode(stream.codec_context, part, number, clip):
+    groups = _Groups(container, stream, "dts" if "mp4" in formats else "pts")
+    if not groups.sure:
+        return None
+    clip = _Clip(_choose(path, choose, groups.first[-1]), (context.width, context.height))
+    for group in sorted({bisect_right(groups.first, index) - 1 for index in clip.wanted}):
+        for packets, number in groups.parts(group, clip.missing):
+            if not _decode(context, packets, number, clip):
                 return None
     return None if clip.missing else clip
 
 
-def _times(packets, first: int = 0) -> list[int]:
-    """The display times of all shown frames in order; [] where packets do not tell them.
+class _Groups:
+    """The packets of a file. A group is a key frame and what is decoded before the next one.
 
-    `first`: the number of the earliest of these frames. Frame 0 must be a key frame: what comes
-    before the first one cannot be decoded and is not shown.
+    `stamps` of all packets are the times to seek by: `stamp` is "dts" in MP4, "pts" in Matroska.
+    `keys` are the places of the groups' key frames among the packets, `first` the numbers of the
+    frames that they begin with. Both end with the total. `sure`: times can be trusted.
     """
-    times = [packet.pts for packet in packets]
-    if not times or None in times:
-        return []
-    if first == 0 and (not packets[0].is_keyframe or min(times) < times[0]):
-        return []
-    times = [packet.pts for packet in packets if not packet.is_discard]
-    order = [packet.dts for packet in packets if packet.dts is not None]
-    # After a step back in decoding time, some packets show nothing.
-    return sorted(times) if len(set(times)) == len(times) and order == sorted(order) else []
 
+    def __init__(self, container, stream, stamp: str):
+        self.container, self.stream, self.stamp, self.sure = container, stream, stamp, False
+        if stamp == "dts":  # an MP4 file has a table of all packets
+            self._fill((entry.timestamp, entry.timestamp, entry) for entry in stream.index_entries)
+        # Fragmented ones have more packets than the table that is read first.
+        if not self.sure or not self.read(len(self.keys) - 2):
+            if self.sure:  # go back
+                container.seek(self.stamps[0], stream=stream)
+            packets = _packets(container, stream)  # all are read once, none is kept
+            self._fill((getattr(packet, stamp), packet.dts, packet) for packet in packets)
+        self.near = {0: self.read(0) if self.sure else []}
+        # Frames before the first key frame cannot be decoded and are not shown.
+        times = [packet.pts for packet in self.near[0]]
+        self.sure = bool(times) and None not in times and times[0] == min(times)
 
-def _parts(packets, number: dict[int, int], wanted: set[int]):
-    """Yield what must be decoded: from a key frame to the last wanted frame that builds on it."""
-    never = -(1 << 63)
-    latest, keys, places = never, [(never, 0)], {}
-    for place, packet in enumerate(packets):
-        if packet.is_keyframe and packet.pts > latest:  # nothing before it is shown after it
-            keys.append((packet.pts, place))
-        latest = max(latest, packet.pts)
-        if number.get(packet.pts) in wanted and not packet.is_discard:
-            places[packet.pts] = place
-    ends = {}
-    for time, place in places.items():
-        # Frames that are shown before a key frame can need what is before it (open groups).
-        begin = keys[bisect_right(keys, (time, len(packets))) - 1][1]
-        ends[begin] = max(ends.get(begin, 0), place + 1)
-    for begin, end in ends.items():
-        yield packets[begin:end]
+    def _fill(self, rows) -> None:
+        self.stamps, self.keys, self.first, total, order = [], [], [], 0, []
+        for place, (stamp, dts, entry) in enumerate(rows):
+            if entry.is_keyframe:
+                self.keys.append(place)
+                self.first.append(total)
+            self.stamps.append(stamp)
+            order += [] if dts is None else [dts]
+            total += not entry.is_discard
+        complete = self.keys[:1] == [0] and None not in self.stamps and total > 0
+        # After a step back in decoding time, some packets show nothing.
+        self.sure = complete and order == sorted(order)
+        self.keys.append(len(self.stamps))
+        self.first.append(total)
+
+    def read(self, group: int) -> list:
+        """The packets of a group; [] where they are others. After the last one none may follow."""
+        stamps = self.stamps[self.keys[group] : self.keys[group + 1]]
+        try:
+            # FFmpeg goes to the last key frame that is shown by then.
+            self.container.seek(max(stamps), stream=self.stream)
+            packets = _packets(self.container, self.stream)
+            packets = dropwhile(lambda packet: getattr(packet, self.stamp) != stamps[0], packets)
+            found = list(islice(packets, len(stamps) + (group == len(self.keys) - 2)))
+        except av.FFmpegError:  # no way to seek
+            return []
+        return found if [getattr(packet, self.stamp) for packet in found] == stamps else []
+
+    def parts(self, group: int, wanted: set[int]):
+        """Yield (packets to decode, {time: number of frame}) for the wanted frames of a group.
+
+        Nothing where the group is shown among the frames of its neighbours, which are read to see
+        that, or where two frames have one time.
+        """
+        near = range(max(group - 1, 0), min(group + 2, len(self.keys) - 1))
+        self.near = {g: self.near.get(g) or self.read(g) for g in near}
+        times = [[packet.pts for packet in packets] for packets in self.near.values()]
+        if any(not part or None in part for part in times):
+            return
+        if any(max(part) >= min(later) for part, later in pairwise(times)):
+            return
+        packets = list(chain(*self.near.values()))
+        order = sorted(packet.pts for packet in packets if not packet.is_discard)
+        number = {time: self.first[near[0]] + i for i, time in enumerate(order)}
+        if len(number) < len(order):
+            return
+        # A frame needs all from the last key frame that is shown before it. That of a frame that is
+        # decoded after a key frame but shown before it (open groups) is the key frame before.
+        begins = [part[0] for part in times]
+        places = [self.keys[g] - self.keys[near[0]] for g in near]
+        last = {}
+        for place in range(places[group - near[0]], len(packets)):
+            packet = packets[place]
+            if number.get(packet.pts) in wanted and not packet.is_discard:
+                last[bisect_right(begins, packet.pts) - 1] = place
+        for key, place in last.items():
+            if near[key] <= group:
+                yield packets[places[key] : place + 1], number
 
 
 def _decode(context, packets, number: dict[int, int], clip: _Clip) -> bool:
@@ -298,88 +316,28 @@ def _decode(context, packets, number: dict[int, int], clip: _Clip) -> bool:
     return True
 
 
-class _Film:
-    """The packets of a long file: only those near a wanted frame are read.
-
-    Per packet, in decoding order: `stamps`, the times to seek by ("dts" in MP4, "pts" in Matroska),
-    and `before`, how many frames the packets before it show. `keys`: places of the key frames.
-    """
-
-    def __init__(self, path, container, stream, stamp: str):
-        self.container, self.stream, self.stamp, self.sure = container, stream, stamp, False
-        if stamp == "dts":  # an MP4 file has a table of all packets
-            self._fill((e.timestamp, e.timestamp, e) for e in stream.index_entries)
-        # Fragmented ones have more packets than the table that is read first.
-        if not self.sure or not self.read(self.keys[-1], None):
-            with _open(path) as again:  # all is read once, nothing is kept
-                packets = _packets(again, _video_stream(again))
-                self._fill((getattr(packet, stamp), packet.dts, packet) for packet in packets)
-
-    def _fill(self, rows) -> None:
-        self.stamps, self.keys, self.before, order = [], [], [0], []
-        for place, (stamp, dts, entry) in enumerate(rows):
-            self.stamps.append(stamp)
-            self.keys += [place] if entry.is_keyframe else []
-            self.before.append(self.before[-1] + (not entry.is_discard))
-            order += [] if dts is None else [dts]
-        complete = self.keys[:1] == [0] and None not in self.stamps and self.before[-1] > 0
-        self.sure = complete and order == sorted(order)
-
-    def read(self, begin: int, end: int | None) -> list:
-        """The packets from place `begin` to `end` (None: the last); [] where they are others."""
-        stamps = self.stamps[begin:end]
-        try:
-            self.container.seek(stamps[0], stream=self.stream)
-            packets = _packets(self.container, self.stream)
-            packets = dropwhile(lambda packet: getattr(packet, self.stamp) != stamps[0], packets)
-            found = list(islice(packets, len(stamps) + (end is None)))
-        except av.FFmpegError:  # no way to seek
-            return []
-        return found if [getattr(packet, self.stamp) for packet in found] == stamps else []
-
-    def windows(self, wanted: list[int]):
-        """Yield (packets, number of their first frame), for all groups that hold a wanted frame.
-
-        A group is a key frame and what follows it. Group g shows the frames from before[keys[g]]
-        on if no group is shown among the frames of another: its neighbours are read to see that.
-        """
-        first = [self.before[key] for key in self.keys]
-        groups = {bisect_right(first, index) - 1 for index in wanted}
-        ends = [*self.keys, len(self.stamps)]
-        near = {0} | {group + step for group in groups for step in (-1, 0, 1)}
-        near = sorted(near & set(range(len(self.keys))))
-        for _, run in groupby(enumerate(near), lambda pair: pair[1] - pair[0]):
-            run = [group for _, group in run]
-            packets = self.read(ends[run[0]], ends[run[-1] + 1])
-            times = [packet.pts for packet in packets]
-            cuts = [self.keys[group] - self.keys[run[0]] for group in run[1:]]
-            sure = packets and None not in times
-            apart = sure and all(max(times[:cut]) < min(times[cut:]) for cut in cuts)
-            yield (packets if apart else []), first[run[0]]
-
-
 # --------------------------------------------------------------- the second way: from the start
 
 
-def _from_start(path, pick, guess: int) -> _Clip:
+def _from_start(path, choose, guess: int) -> _Clip:
     """The wanted frames, decoded from the start and counted.
 
-    `pick` needs the number of frames, and only decoding them all tells it: XviD has packets without
-    a frame, and cut files begin with frames that nothing can decode. The number is kept for the
-    next time. The first time, the clip of a `guess` (0: none) is kept where the guess was right.
+    `choose` needs the number of frames, and only decoding them all tells it: XviD has packets
+    without a frame, and cut files begin with frames that nothing can decode. The number is kept for
+    the next time. The first time, the clip of a `guess` is kept where the guess was right.
     """
     about = os.stat(path)
     file = str(path), about.st_size, about.st_mtime_ns
     if file not in _counts:
         random = torch.get_rng_state()
-        clip = _Clip(_asked(pick, guess) if guess else [])
+        clip = _Clip(choose(guess))
         for index, frame in enumerate(played(path, Probe())):
             clip.add(frame, index)
         _counts[file] = index + 1
         if index + 1 == guess and clip.wanted and not clip.missing:
             return clip
         torch.set_rng_state(random)  # so that the first time gives the same clip as the next
-    clip = _Clip(_choose(path, pick, _counts[file]))
+    clip = _Clip(_choose(path, choose, _counts[file]))
     for index, frame in enumerate(played(path, Probe())):
         clip.add(frame, index)
         if not clip.missing:

@@ -24,7 +24,6 @@ from data import (
     center_clip,
     collate,
     dense_views,
-    eval_transform,
     finetune_transform,
     make_loader,
     pretrain_transform,
@@ -350,7 +349,6 @@ def test_views_for_evaluation():
     assert views.shape == (3, 2, 3, 24, 24)
     assert [int(view[0, 0, 0, 0]) for view in views] == [0, 8, 16]
     assert torch.equal(spatial_views(video, 24, 1)[0], views[1])
-    assert torch.equal(eval_transform(24)(video), views[1])
 
 
 # data sets and loader

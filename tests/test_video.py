@@ -88,29 +88,24 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["", "long"])
 @pytest.mark.parametrize("name", KINDS)
-def test_the_frames_asked_for_are_the_frames_delivered(tmp_path, monkeypatch, name, long):
+def test_the_frames_asked_for_are_the_frames_delivered(tmp_path, name):
     codec, options = KINDS[name]
     if codec not in av.codecs_available:
         pytest.skip(f"no encoder {codec}")
-    if long and name.split(".")[1] not in ("mp4", "mkv"):
-        pytest.skip("decoded from the start, however long")
     frames = options.get("frames", 30)
     path = write(tmp_path / name, codec, **{**options, "frames": frames})
     want = decoded(path)
     if want.shape[2] >= 64:  # the reference itself is right
         upward = torch.rot90(want, -options.get("turned", 0) // 90, (2, 3))
         assert [number_of(frame) for frame in upward] == list(range(frames))
-    monkeypatch.setattr(video, "LONG_FRAMES", 0 if long else 3000)
     check(path, want)
     found = Probe()
     assert len(list(played(path, found))) == frames == found.frames and not found.problem
 
 
-@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("name", ["b-frames.mp4", "open-groups.mkv", "mpeg4.mp4", "vp9.webm"])
-def test_what_no_wanted_frame_needs_is_not_decoded(tmp_path, monkeypatch, name, long):
+def test_what_no_wanted_frame_needs_is_not_decoded(tmp_path, monkeypatch, name):
     codec, options = KINDS[name]
     path, sent, real = write(tmp_path / name, codec, **options), [], video._decode
 
@@ -120,7 +115,6 @@ def test_what_no_wanted_frame_needs_is_not_decoded(tmp_path, monkeypatch, name, 
 
     monkeypatch.setattr(video, "_decode", spy)
     monkeypatch.setattr(video, "_from_start", None)
-    monkeypatch.setattr(video, "LONG_FRAMES", 0 if long else 3000)
     want = decoded(path)
     for index in range(16, 40, 3):
         assert torch.equal(read_frames(path, [index, 47]), want[[index, 47]])
@@ -208,21 +202,17 @@ REMUXED = {
 }
 
 
-@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("name", REMUXED)
-def test_odd_packets(tmp_path, monkeypatch, name, long):
-    monkeypatch.setattr(video, "LONG_FRAMES", 0 if long else 3000)
+def test_odd_packets(tmp_path, name):
     change, options = REMUXED[name]
     path = tmp_path / f"whole.{name[-3:].strip('.')}"
     path = remux(write(path, frames=30, **options), tmp_path / name, change)
     check(path, decoded(path))
 
 
-@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("g", [1, 4])
-def test_packets_that_changed_places(tmp_path, monkeypatch, g, long):
+def test_packets_that_changed_places(tmp_path, g):
     """A Matroska file of one frame per cluster. Some of its packets show nothing."""
-    monkeypatch.setattr(video, "LONG_FRAMES", 0 if long else 3000)
     options = dict(frames=20, g=g, bf=0, muxer={"cluster_time_limit": "1"})
     path, mark = write(tmp_path / "a.mkv", **options), b"\x1f\x43\xb6\x75"
     parts = path.read_bytes().split(mark)
@@ -255,10 +245,8 @@ EDITS = {  # (duration in 1/1000 s, first frame shown; -1: a pause) -> the frame
 }
 
 
-@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("name", EDITS)
-def test_edit_lists(tmp_path, monkeypatch, name, long):
-    monkeypatch.setattr(video, "LONG_FRAMES", 0 if long else 3000)
+def test_edit_lists(tmp_path, name):
     edits, numbers = EDITS[name]
     path = write(tmp_path / "a.mp4", frames=20, g=8, bf=2)
     raw = bytearray(path.read_bytes())
@@ -567,6 +555,5 @@ def test_a_clip_of_a_long_film_costs_what_a_clip_costs(film, monkeypatch):
 @pytest.mark.parametrize("kind", ["mkv", "fragments"])
 def test_a_long_film_without_a_table_is_read_once_and_not_kept(film, monkeypatch, kind):
     """Its packets are counted; those of the clip are read again."""
-    monkeypatch.setattr(video, "LONG_BYTES", 0)
     packets, _ = cost(film[kind], list(range(59_937, 60_000, 4)), monkeypatch)
     assert 60_000 < packets <= 60_000 + 250 * 7

@@ -508,12 +508,12 @@ def test_pipeline_predicts_offline(tmp_path, toy, monkeypatch):
     pipe.video_processor = None  # it needs torchcodec; without it, PyAV decodes
     video = next(toy.rglob("*.avi"))
     found = {row["label"]: row["score"] for row in pipe(str(video))}
-    from data import eval_transform
+    from data import spatial_views
     from lib.video import read_frames
 
-    frames = eval_transform(32)(read_frames(video, lambda n: list(range(8))))
+    frames = spatial_views(read_frames(video, lambda n: list(range(8))), 32, crops=1)
     with torch.no_grad():
-        expected = model(frames[None]).softmax(dim=1)[0].tolist()
+        expected = model(frames).softmax(dim=1)[0].tolist()
     for name, share in zip(NAMES, expected, strict=True):
         assert abs(found[name] - share) < 0.05  # rounding of pixels
 
