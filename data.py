@@ -342,6 +342,7 @@ def make_loader(
     if not workers:
         yield from loader
         return
+    gc.collect()  # in a worker, decoders that are garbage here would wait for threads left here
     iterator = iter(loader)
     # An error elsewhere keeps this generator alive to the end of the program.
     atexit.register(iterator._shutdown_workers)
@@ -366,7 +367,6 @@ def make_loader(
 
 
 def _begin_worker(worker: int) -> None:
-    gc.freeze()  # garbage of the main process: its decoders would wait for threads it has
     # What to do about a signal that asks a run to stop is up to the main process.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # not everywhere
