@@ -48,13 +48,14 @@ def commit() -> str:
 def read_score(product: Path, key: str) -> float:
     """The number in the file that a job left.
 
-    results.json: top-1 in %, of the class `key` if there is one. Other files: PSNR `key`, in dB.
+    results.json: top-1 in %, of the class `key` if there is one; "knn" is that of the nearest
+    neighbours. Other files: PSNR `key`, in dB.
     """
     found = json.loads(product.read_text())
     if product.name != "results.json":
         return found["psnr"][key]
-    if not key:
-        return found["top1"]
+    if key in ("", "knn"):
+        return found[key or "top1"]
     return class_accuracy(read_predictions(product.with_name("predictions.csv")))[key][0]
 
 

@@ -63,16 +63,24 @@ class Job:
         return made and self.about()["chain"] == self.chain
 
 
-def recipe(script: str) -> dict:
-    """The toy preset of a stage with all its defaults, as a file holds it."""
-    stage = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}.get(script)
-    config = stage.Config(**stage.PRESETS["toy"]) if stage else leak.Config()
+STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
+
+
+def recipe(script: str, preset: str) -> dict:
+    """A preset of a stage with all its defaults, as a file holds it."""
+    stage = STAGES.get(script)
+    config = stage.Config(**stage.PRESETS[preset]) if stage else leak.Config()
     return json.loads(json.dumps(asdict(config)))
 
 
-def recipes() -> dict[str, dict]:
-    """The toy presets of the three stages."""
-    return {script: recipe(script) for script in ("pretrain.py", "finetune.py", "linprobe.py")}
+def fill(flags: str, seed: int) -> list[str]:
+    """The words of flags of experiments/table.py for a seed, or for the fold that stands for it.
+
+    The preset is the first of them, "toy" if none is named. Folds all have the default seed.
+    """
+    words = flags.replace("SEED", str(seed)).replace("FOLD", str(seed + 1)).split()
+    words = words if words[:1] in (["toy"], ["own"]) else ["toy", *words]
+    return words if "FOLD" in flags else [*words, "--seed", str(seed)]
 
 
 def jobs_of(cell: str, seed: int) -> list[Job]:
@@ -81,22 +89,23 @@ def jobs_of(cell: str, seed: int) -> list[Job]:
     down = down or "tuned"
     name, weights, jobs = f"{pre}-s{seed}-{down}", f"{LAB}/{pre}-s{seed}/checkpoint.pt", []
     if pre != "none":
-        flags = PRETRAIN[pre].replace("SEED", str(seed)).split()
-        argv = ["pretrain.py", "toy", *flags, "--resume"]
-        argv += ["--seed", str(seed), "--name", f"lab/{pre}-s{seed}"]
+        preset, *flags = fill(PRETRAIN[pre], seed)
+        argv = ["pretrain.py", preset, *flags, "--resume", "--name", f"lab/{pre}-s{seed}"]
         product = LAB / f"{pre}-s{seed}" / "reconstruction.png"  # comes last
-        jobs.append(Job(f"{pre}-s{seed}", argv, product, [[argv, recipe(argv[0])]]))
+        jobs.append(Job(f"{pre}-s{seed}", argv, product, [[argv, recipe(argv[0], preset)]]))
 
-    argv = [*DOWN[down].split(), "--seed", str(seed)]
-    product = LAB / name / "results.json"
-    if argv[0] == "-m":
+    script, _, flags = DOWN[down].partition(" ")
+    product, preset = LAB / name / "results.json", ""
+    if script == "-m":
         product = LAB / f"{name}.json"
+        argv = [script, *flags.split(), "--seed", str(seed)]
         argv += ["--checkpoint", weights, "--out", str(product)]
     else:
-        init = f"--init {weights}" if jobs else UNTRAINED[argv[0]]
-        argv += [*init.split(), "--name", f"lab/{name}"]
-        argv += ["--resume"] if argv[0] == "finetune.py" else []
-    chain = [link for job in jobs for link in job.chain] + [[argv, recipe(argv[0])]]
+        preset, *flags = fill(flags, seed)
+        init = f"--init {weights}" if jobs else UNTRAINED[script]
+        argv = [script, preset, *init.split(), *flags, "--name", f"lab/{name}"]
+        argv += ["--resume"] if script == "finetune.py" else []
+    chain = [link for job in jobs for link in job.chain] + [[argv, recipe(script, preset)]]
     return [*jobs, Job(name, argv, product, chain)]
 
 
@@ -199,7 +208,8 @@ def prepare(seed: int) -> None:
 
 def measure(name: str, seeds: range) -> dict:
     """An experiment as report takes it, with those of the seeds that are complete."""
-    found = EXPERIMENTS[name] | {"recipes": recipes()}
+    preset = "own" if name.startswith("real") else "toy"
+    found = EXPERIMENTS[name] | {"recipes": {of: recipe(of, preset) for of in STAGES}}
     jobs = {seed: {cell: jobs_of(cell, seed) for *_, cell in found["rows"]} for seed in seeds}
     complete = [
         seed for seed in seeds if all(job.done() for of in jobs[seed].values() for job in of)
