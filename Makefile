@@ -45,7 +45,7 @@ runs/linprobe-random-toy$S/results.json: $(PRE)/reconstruction.png
 	$(call stage,linprobe.py --init random)
 
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
