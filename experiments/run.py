@@ -281,7 +281,8 @@ def run_series(names: list[str], seeds: range, at_once: int) -> None:
             raise ValueError(f"another series is at work in {LAB}") from None
         try:
             for seed in seeds:
-                prepare(seed)
+                if set(names) != {"real"}:
+                    prepare(seed)
                 Series(at_once).run_all(chains_of(names, seed))
         except KeyboardInterrupt:
             sys.exit("stopped: the same command continues")
