@@ -31,29 +31,24 @@ from data import SAMPLING, TOY, Split, Videos, finetune_transform, make_loader, 
 from lib import engine, evaluate, prepare, speed
 from lib.engine import opt
 from lib.evaluate import fit_classes
-from lib.run import Run, RunConfig, fit_to_set
+from lib.run import Run, RunConfig, StageConfig, fit_to_set
 from lib.video import shown
 from lib.weights import build, by, load_weights, read_weights
 from model import SIZES, Classifier, to_float
 
 
 @dataclass
-class ClipConfig:
+class ClipConfig(StageConfig):
     """Flags about labelled videos and their clips, of this stage and of linprobe.py."""
 
-    data: str | None = opt(None, "folder of the videos")
-    splits: str | None = opt(None, "folder of split files, or a list of lines `path label`")
     test_data: str | None = opt(None, "folder of the test videos; None: as --data")
     test_splits: str | None = opt(None, "list of the test videos; None: as --splits")
-    fold: int = opt(1, "official split, 1 to 3", 1, 3)
-    missing: Literal["error", "skip"] = opt("error", "where listed videos are not there")
     classes: str | None = opt(None, "file with the names of classes of a list or of weights")
     shots: int = opt(0, "training videos per class, drawn by the seed; 0: all", 0)
     clips: int = opt(5, "test clips per video", 1)
     crops: int = opt(3, "test crops per clip", 1)
     augment: Literal["official", "torchvision"] = opt("torchvision", "RandAugment and resampling")
     every: float | None = opt(None, "seconds of a film per prediction or feature; None: all", 0)
-    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     # model and clips
     init: str | None = opt(None, "weights, or none; None: runs/pretrain-PRESET/checkpoint.pt")
     frames: int | None = opt(None, "frames of a clip; None: as the weights", 1)
@@ -63,11 +58,6 @@ class ClipConfig:
     size: Literal[tuple(SIZES)] | None = opt(None, "width and depth; None: as the weights")
     cube: tuple[int, ...] | None = opt(None, "frames, rows, columns; None: as the weights")
     positions: Literal["1d", "3d"] | None = opt(None, "position embeddings; None: as the weights")
-    # run
-    name: str | None = opt(None, "results go to runs/NAME; None: STAGE-PRESET")
-    seed: int = opt(0, "of everything random: weights, order, crops, dropout", 0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute; mps is untested")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products")
 
 
 @dataclass

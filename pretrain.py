@@ -29,13 +29,9 @@ from model import LOSSES, SIZES
 
 @dataclass
 class Config(RunConfig):
-    # data
-    data: str | None = opt(None, "folder of the videos")
-    splits: str | None = opt(
-        None, "folder of official split files, or a list of lines `path [label]`"
-    )
-    fold: int = opt(1, "official split, 1 to 3", 1, 3)
-    missing: Literal["error", "skip"] = opt("error", "where listed videos are not there")
+    # RunConfig adds what is not about the method: data, workers, name, seed, device, precision ...
+    # A flag is opt(default, help, smallest value, largest value).
+    # clips
     frames: int = opt(16, "frames of a clip", 1)
     stride: int = opt(4, "frames of the video from one frame of a clip to the next", 1)
     resolution: int = opt(224, "height and width of a clip, pixels", 1)
@@ -46,9 +42,7 @@ class Config(RunConfig):
     model: Literal[tuple(MODELS)] = opt("videomae", "the paper's, or a variant of lib/variants.py")
     size: Literal[tuple(SIZES)] = opt("base", "width and depth of encoder and decoder")
     cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a cube")
-    positions: Literal["1d", "3d"] = opt(
-        "1d", "position embeddings: 1d as the official code, 3d ours"
-    )
+    positions: Literal["1d", "3d"] = opt("1d", "embeddings: 1d as the official code, 3d ours")
     decoder_depth: int | None = opt(None, "blocks of the decoder; None: as in SIZES", 1)
     normalize: bool = opt(True, "predict cubes at mean 0 and variance 1; off: pixels")
     loss: Literal[tuple(LOSSES)] = opt("mse", "between prediction and target")
@@ -74,7 +68,7 @@ SHORT = dict(size="small", ratio=0.9, repeats=2, batch=192, base_lr=3e-4)  # 90 
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=48, workers=0, size="toy", cube=(2, 8, 8),
                 positions="3d", normalize=False, ratio=0.75, epochs=30, batch=8, base_lr=2.4e-2,
-                min_lr=4.8e-3, warmup=1, save_minutes=1),
+                min_lr=4.8e-3, warmup=1, save_minutes=1),  # the peak learning rate is 7.5e-4
     "own": dict(size="small", resolution=112, epochs=None, warmup=None, batch=32, base_lr=4e-3),
     "ucf101": dict(stride=4, ratio=0.75, epochs=3200, batch=192, base_lr=3e-4),
     "hmdb51": dict(stride=2, ratio=0.75, epochs=4800, batch=192, base_lr=3e-4),

@@ -29,17 +29,27 @@ eval_only predict name resume device compile memory log_every save_minutes""".sp
 
 
 @dataclass
-class RunConfig:
-    """Flags of a training that are not about the method."""
+class StageConfig:
+    """Flags of every stage that are not about the method."""
 
+    data: str | None = opt(None, "folder of the videos")
+    splits: str | None = opt(None, "folder of official split files, or a list `path [label]`")
+    fold: int = opt(1, "official split, 1 to 3", 1, 3)
+    missing: Literal["error", "skip"] = opt("error", "where listed videos are not there")
+    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     name: str | None = opt(None, "results go to runs/NAME; None: STAGE-PRESET")
-    resume: bool = opt(False, "continue runs/NAME")
     seed: int = opt(0, "of everything random: weights, order, crops, masks, dropout", 0)
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute; mps is untested")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products")
+
+
+@dataclass
+class RunConfig(StageConfig):
+    """And those of a training."""
+
+    resume: bool = opt(False, "continue runs/NAME")
     compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
     memory: Literal["fast", "less", "least"] = opt("fast", "activations kept, see lib/speed.py")
-    workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     log_every: int = opt(10, "steps per line of log.jsonl", 1)
     save_minutes: float = opt(10, "minutes from one checkpoint to the next")
 
