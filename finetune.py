@@ -320,6 +320,8 @@ def main(argv: list[str]) -> None:
     rule = partial(SAMPLING[cfg.sampling][0], frames=cfg.frames, stride=cfg.stride)
     train, watched = draw_shots(train, cfg.shots, cfg.seed), test
     if cfg.hold_out:
+        if not cfg.validate:
+            raise ValueError("--hold-out is for --validate: add --validate 5, for example")
         train, watched = hold_out(train, cfg.hold_out, cfg.seed)
         Run.say(f"{len(watched.paths)} training videos are held out, for --validate")
     labelled = Videos(train, rule, augment, cfg.repeats, same_time=True)
@@ -347,6 +349,8 @@ def main(argv: list[str]) -> None:
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:
             views = evaluate.WindowViews(watched.paths, replace(cfg, clips=1, crops=1))
             found, unreadable = evaluate.each_video(model, views, cfg, device)
+            if not found:
+                raise ValueError(f"no video can be read for --validate: {unreadable[0]}")
             labels = [watched.labels[i] for i in found]
             top1 = evaluate.accuracies(torch.stack([*found.values()]), labels)["top1"]
             run.log.write(step=step + 1, top1=top1, unreadable=len(unreadable))

@@ -159,6 +159,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("linprobe.py runs in one process: start it with python, not torchrun")
     if bool(cfg.features) != bool(cfg.videos):
         raise ValueError("--features FILE.npz and --videos go together")
+    if cfg.features and not cfg.features.endswith(".npz"):
+        raise ValueError(f"--features {cfg.features} must end in .npz")
     torch.manual_seed(cfg.seed)
     cfg, model = make_encoder(cfg, preset)
     encoder = speed.place(model, device)["encoder"]

@@ -325,15 +325,18 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
         where = (flags["data"], flags["splits"], flags["fold"])
         split = read_split(*where, train=False, missing=flags.get("missing", "error"))
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
-        paths = paths[: cfg.scored]
     clips, more = [], model.frame_factor
     for path in paths:
         try:
             clips.append(load_clip(path, more * frames, size, stride // more))
         except ValueError as error:
+            if cfg.videos:
+                raise
             print(f"left out of the figure: {error}")
+        if len(clips) == cfg.scored and not cfg.videos:
+            break
     if not clips:
-        raise ValueError("none of the videos can be read: name others with --videos")
+        raise ValueError("no test video can be read: name some with --videos")
     return clips
 
 

@@ -23,18 +23,21 @@ IMAGES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm")
 MOST_CLASSES = 100_000  # above, a number is no label
 
 # A path with a known ending may hold spaces and commas, and its label may be a name. Whatever else
-# a line holds is a path, up to the numbers at its end.
-BETWEEN = r"[ \t,;]+"
-NUMBER = r"-?[0-9]+(?:\.[0-9]*)?"
+# a line holds is a path, up to a number at its end.
+BETWEEN = r"(?:[ \t]*[,;\t][ \t]*|[ \t]+)"
 VIDEO_LINE = re.compile(rf'"?(.*\.(?:{"|".join(ENDINGS)}))"?(?:({BETWEEN})(.*))?', re.IGNORECASE)
-OTHER_LINE = re.compile(rf"(.*?)(?:{BETWEEN}({NUMBER}))?(?:{BETWEEN}({NUMBER}))?")
-# Columns of a table, see _header.
-PATH = re.compile("(video|file|clip)?(path|name)|video|file|clip|youtubeid")
-LABEL = re.compile("(label|class|action|category)(id|name)?s?|target")
-PART = re.compile("split|subset|part|set")
+OTHER_LINE = re.compile(rf"(.*\S){BETWEEN}(-?[0-9]{{1,9}}(?:\.0*)?)")
+NUMBER = r"-?[0-9]+(?:\.[0-9]*)?"
+# Names of columns in a header.
+COLUMNS = {
+    "path": r"(video|file|clip)?_?(path|name)|video|file|clip|youtube_id",
+    "label": r"(label|class|action|category)(_?(id|name))?s?|target",
+    "time": r"((time|frame|t)_)?(start|end)(_(time|frame|sec))?",
+    "part": r"split|subset|part|set",
+}
 
 WANT = "write one `path label` per line"
-SEVERAL = f"looks like several labels of one video: keep one (a name with commas in quotes), {WANT}"
+SEVERAL = f"looks like several labels of one video: keep one, {WANT}"
 SEGMENT = f"looks like a segment with start and end: cut it out with ffmpeg first, {WANT}"
 
 
@@ -53,9 +56,13 @@ def list_lines(path: Path) -> dict[int, str]:
     """The lines of a list that hold something, by number; bytes that are no UTF-8 are kept."""
     if not os.path.isfile(path):
         raise ValueError(f"no file {path}")
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     if "\0" in text:
-        raise ValueError(f"{path} is not a text file in UTF-8: save it as one")
+        zero = f"a zero at character {text.index(chr(0))}"
+        raise ValueError(f"{path} is not a text file ({zero}): save it as UTF-8")
     lines = {number: line.strip(" \t\r") for number, line in enumerate(text.split("\n"), 1)}
     return {number: line for number, line in lines.items() if line}
 
@@ -66,134 +73,169 @@ def frames_line(data: Path, folder: Path) -> str:
     They are those as deep below `data` as `folder` is; every video gets its folder's name.
     """
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    # Only plain names get into a command.
-    plain = [re.fullmatch(r"([\w. -]*?)([0-9]+)(\.\w+)", name) for name in names]
+    # Only plain names get into a command, and 7.jpg comes before 10.jpg.
+    plain = [re.fullmatch(r"([\w. -]*?)([0-9]+)([a-zA-Z_. -]*)", name) for name in names]
     images = [name.groups() for name in plain if name and ending(name[0]) in IMAGES]
-    images = images or [("img_", "00001", ".jpg")]
-    start, digits, end = min(images, key=lambda image: int(image[1]))
-    frames = f'-start_number {int(digits)} -i "${{d}}{start}%0{len(digits)}d{end}"'
-    make = f'do ffmpeg -framerate 25 {frames} -q:v 2 "${{d%/}}.mp4"; done'
-    every = shlex.quote(shown(data)) + "/*" * len(Path(os.path.relpath(folder, data)).parts)
-    return f"folders of frames are not read, make videos of them: for d in {every}/; {make}"
+    start, digits, end = min(
+        images or [("img_", "00001", ".jpg")], key=lambda parts: (len(parts[1]), parts)
+    )
+    count = f"%0{len(digits)}d" if digits.startswith("0") and len(digits) > 1 else "%d"
+    first = f"-start_number {int(digits)} " if int(digits) > 4 else ""
+    inside = folder.is_relative_to(data)
+    depth = len(folder.relative_to(data).parts) if inside else 1
+    every = shlex.quote(shown(data if inside else folder.parent)) + "/" + "*/" * depth
+    make = f'ffmpeg -framerate 25 {first}-i "${{d}}{start}{count}{end}" -q:v 2 "${{d%/}}.mp4"'
+    return f"folders of frames are not read, make videos of them: for d in {every}; do {make}; done"
 
 
 # ------------------------------------------------------------------------------- text and tables
 
 
-def read_list(data: Path, file: Path) -> tuple[list[str], list[str], str]:
-    """(names, labels, "") of lines `path [label]`, or of a table with a header.
+def read_list(data: Path, file: Path) -> tuple[list, list[int], list[str]]:
+    """(names, labels, classes) of lines `path [label]`, or of a table with a header.
 
-    A label is the name of a class, a number from 0, or "-1" for none. A name is a path. Kinetics'
-    official CSV (label,youtube_id,time_start,time_end,split) has ids for names, and "" is ".mp4".
+    A name is a path. In Kinetics' official CSV (label,youtube_id,time_start,time_end,split) it is a
+    tuple of names that the file may have, without an ending.
     """
-    lines, names, labels, parts = list_lines(file), [], [], set()
-    mark, columns = _header(next(iter(lines.values()), ""))
+    lines = list_lines(file)
+    top = next(iter(lines.values()), "")
+    mark, columns = ("", []) if os.path.isfile(data / top) else _header(top)
+    names, labels, parts, first = {}, {}, set(), {}  # first: place -> number of its line
     for number, line in list(lines.items())[bool(columns) :]:
         try:
-            name, label, part = _row(line, mark, columns) if mark else (*_line(data, line), "")
-            label = _checked(label)
-            parts.add(part)
+            if columns and mark != " ":
+                cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True))
+                if len(cells) != len(columns):
+                    raise ValueError(f"has {len(cells)} columns, the header has {len(columns)}")
+                row = dict(zip(columns, map(str.strip, cells), strict=True))
+                name, label = _cells(row)
+                parts |= {row[column] for column in _named(columns, "part")}
+            else:
+                name, label = _line(data, line)
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{file}: line {number}, '{brief(line)}', {error}") from error
-        if "\\" in name and not os.path.isfile(data / name):
-            name = name.replace("\\", "/")  # written on Windows
+        place = name if isinstance(name, tuple) else os.path.normpath(data / name)
+        if place in first:
+            same = f"lines {first[place]} and {number} are the same video, {brief(line)}"
+            raise ValueError(f"{file}: {same}: remove one")
+        first[place] = number
         # macOS leaves ._ files, which get into lists that `find` makes.
-        if not os.path.basename(name).startswith("._"):
-            names.append(name)
-            labels.append(label)
+        if isinstance(name, tuple) or not name.rpartition("/")[2].startswith("._"):
+            names[number], labels[number] = name, label
     if len(parts) > 1:
         several = f"lists videos of several parts ({brief(', '.join(sorted(parts)))})"
         raise ValueError(f"{file} {several}: make a list of each, for --splits and --test-splits")
-    return names, labels, ".mp4" if "youtubeid" in columns else ""
+    return list(names.values()), *_number(labels, file)
 
 
-def _mark(text: str) -> str | None:
-    """What separates cells, None for spaces."""
-    return next((mark for mark in ",;\t" if mark in text), None)
+def _named(columns, kind: str) -> list[str]:
+    return [name for name in columns if re.fullmatch(COLUMNS[kind], name)]
 
 
-def _header(line: str) -> tuple[str | None, list[str]]:
-    """(mark between columns, their names: Video_Path is videopath), (None, []) for no header."""
-    mark = _mark(line)
-    columns = [re.sub("[^a-z0-9]", "", word.lower()) for word in line.split(mark)]
-    number = any(column.isdecimal() for column in columns)  # a file called clip, and its label
-    return (mark, columns) if any(map(PATH.fullmatch, columns)) and not number else (None, [])
+def _header(line: str) -> tuple[str, list[str]]:
+    """(what is between columns, their names) of a header; ("", []) for any other line."""
+    mark = next((mark for mark in ",\t; " if mark in line), ",")
+    words = [re.sub(r"[ -]", "_", word.strip(' "#').lower()) for word in line.split(mark)]
+    others = any(_named(words, kind) for kind in ("label", "time", "part"))
+    return (mark, words) if _named(words, "path") and (others or len(words) == 1) else ("", [])
 
 
-def _row(line: str, mark: str, columns: list[str]) -> tuple[str, str, str]:
-    """(path or id, label, part of the data set) of a row of a table; "" for what it lacks."""
-    cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True))
-    if len(cells) != len(columns):
-        raise ValueError(f"has {len(cells)} columns, the header has {len(columns)}")
-    row = dict(zip(columns, map(str.strip, cells), strict=True))
-    label = row.get(next(filter(LABEL.fullmatch, columns), None), "")
-    part = row.get(next(filter(PART.fullmatch, columns), None), "")
-    if "youtubeid" in row:  # files are ID_SSSSSS_EEEEEE
-        times = [row[time] for time in ("timestart", "timeend") if time in row]
+def _cells(row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
+    """(path or the names of an id, label) of a row of a table."""
+    label = next((row[name] for name in _named(row, "label")), "")
+    if re.fullmatch(rf"\[.*\]|{NUMBER}(?:[ ,;|]+{NUMBER})+", label):
+        raise ValueError(SEVERAL)
+    times = [row[name] for name in _named(row, "time")]
+    if "youtube_id" in row:  # ID_SSSSSS_EEEEEE, or the ID alone
         seconds = [time.partition(".")[0].zfill(6) for time in times]
-        return "_".join([row["youtubeid"], *seconds]), label, part
-    if any("start" in column for column in columns):
+        return ("_".join([row["youtube_id"], *seconds]), row["youtube_id"]), label
+    if times:
         raise ValueError(SEGMENT)
-    path = max(filter(PATH.fullmatch, columns), key=lambda column: "path" in column)
-    return row[path], label, part
+    return row[max(_named(row, "path"), key=lambda name: "path" in name)], label
 
 
 def _line(data: Path, line: str) -> tuple[str, str]:
     """(path, label or "") of a line that is no row of a table."""
+    if "\\" in line and not os.path.isfile(data / line):
+        line = line.replace("\\", "/")  # written on Windows
     if found := VIDEO_LINE.fullmatch(line):
-        path, between, rest = found.groups("")
-        return path, _label(rest, _mark(between))
-    path, number, another = OTHER_LINE.fullmatch(line).groups("")
-    if another:  # FOLDER FRAMES LABEL
-        make = frames_line(data, data / path)
+        label = _label(found[3] or "", "," in (found[2] or ""))
+        return (line, "") if label is None else (found[1], label)
+    if not (found := OTHER_LINE.fullmatch(line)):
+        return line, ""
+    folder = OTHER_LINE.fullmatch(found[1])
+    if folder and not os.path.isfile(data / found[1]):
+        make = frames_line(data, data / folder[1])
         raise ValueError(f"looks like frames: {make}; then write `FOLDER.mp4 label`")
-    return path, number
+    return found.groups()
 
 
-def _label(rest: str, mark: str | None) -> str:
-    """The label in what follows a path; `mark` is what separates them, None for spaces."""
-    if whole := re.fullmatch(rf"0{BETWEEN}-1(?:{BETWEEN}(.*))?", rest):
+def _label(rest: str, comma: bool) -> str | None:
+    """The label in what follows a path and a `comma` or space, None where it can be no label."""
+    if whole := re.fullmatch(r"0[ \t,]+-1(?:[ \t,]+(.*))?", rest):
         rest = whole[1] or "-1"  # VideoMAE V2 writes `path 0 -1`: from frame 0 to the last one
-    if re.fullmatch('".*"', rest):
-        return rest[1:-1].replace('""', '"')
-    words = [word.strip() for word in rest.split(mark)]
+    words = re.split(r"[ \t,;|]+", rest)
     numbers = [bool(re.fullmatch(NUMBER, word)) for word in words]
-    if numbers[:2] == [True, True] and (len(words) == 3 or not all(numbers)):
-        raise ValueError(SEGMENT)
+    if len(words) == 1 and (numbers[0] or not rest):
+        return words[0]
+    if not any(numbers) and not any(sign.isalpha() for sign in rest):
+        return None
+    if rest[0] == rest[-1] == '"':
+        return rest[1:-1].replace('""', '"')
     # Names may hold a comma before a space, as "Stacking something, something on something" does.
-    if len(words) > 1 and (mark or numbers[0]) or re.search(r",\S|[;|]", rest):
-        raise ValueError(SEVERAL)
+    listed = re.search(r",\S|[;|]", rest) or (comma and "," in rest)
+    times = numbers[:2] == [True, True] and (len(words) == 3 or not all(numbers))
+    if times and (comma or not listed):
+        raise ValueError(SEGMENT)
+    if numbers[0] or listed:
+        raise ValueError(SEVERAL + ", a name with commas in quotes" * (not numbers[0]))
     return rest
 
 
-def _checked(label: str) -> str:
-    """A label as it is, if it is a name; else its number, -1 for none. ValueError if it is none."""
-    if any(sign.isalpha() for sign in label):
-        return label
-    if re.search(r"[0-9][^0-9.]+[0-9]", label):
-        raise ValueError(SEVERAL)
-    whole = re.fullmatch(r"(-?[0-9]+(\.0*)?)?", label)  # pandas writes 1.0
-    if not whole or not -1 <= float(label or -1) < MOST_CLASSES:
-        must = f"must be from 0 to {MOST_CLASSES - 1}, or -1 for none, or a name"
-        raise ValueError(f"label {brief(label)} {must}")
-    return str(int(float(label or -1)))
+def _number(labels: dict[int, str], file: Path) -> tuple[list[int], list[str]]:
+    """Labels by line, as text -> (labels from 0, or -1 for none; names of the classes)."""
+    given = {line: text for line, text in labels.items() if text not in ("", "-1")}
+    names = {line: text for line, text in given.items() if not re.fullmatch(r"-?[0-9.]+", text)}
+    if names and len(names) < len(given):
+        name, number = min(names), min(given.keys() - names)
+        both = f"line {name} has the class '{brief(names[name])}', line {number} a number"
+        raise ValueError(f"{file}: {both}: write names only, or numbers only")
+    if names:
+        classes = sorted(set(names.values()))
+        index = {name: label for label, name in enumerate(classes)}
+        return [index.get(text, -1) for text in labels.values()], classes
+    for line, text in given.items():
+        if not re.fullmatch(r"-?[0-9]+(\.0*)?", text) or not -1 <= float(text) < MOST_CLASSES:
+            must = f"must be from 0 to {MOST_CLASSES - 1}, or -1 for none"
+            raise ValueError(f"{file}: line {line}: label {brief(text)} {must}")
+    values = [int(float(text or -1)) for text in labels.values()]  # pandas writes 1.0
+    return values, [str(label) for label in range(max(values, default=-1) + 1)]
 
 
 # ------------------------------------------------------------------------------------------ JSON
 
 
-def read_json(data: Path, file: Path) -> tuple[list[str], list[str], str]:
-    """(ids, labels, their ending) of Something-Something V2's official list, as read_list.
+def read_json(file: Path) -> tuple[list[tuple[str]], list[int], list[str]]:
+    """(names without ending, labels, classes) of Something-Something V2's official list.
 
-    A class is a template without its brackets. The test list has no templates.
+    A class is a template without its brackets. Numbers are those of labels.json or
+    something-something-v2-labels.json beside the list; without one, templates are sorted. The test
+    list has no templates: -1.
     """
-    try:
-        pairs = [(item["id"], item.get("template", "-1")) for item in _load(file)]
-        labels = [re.sub(r"[\[\]]", "", template) for _, template in pairs]
-    except (TypeError, KeyError, AttributeError) as error:
+    entries = _load(file)
+    dicts = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not dicts or not all(isinstance(entry.get("id"), str | int) for entry in entries):
         only = "is not Something-Something V2's list of {id, template}, the only JSON that is read"
-        raise ValueError(f"{file} {only}: {WANT} in a text file") from error
-    return [str(name) for name, _ in pairs], labels, ".webm"
+        raise ValueError(f"{file} {only}: {WANT} in a text file")
+    names = [re.sub(r"[\[\]]", "", str(entry.get("template", ""))) for entry in entries]
+    beside = (file.parent / name for name in ("something-something-v2-labels.json", "labels.json"))
+    numbers = next((path for path in beside if path.is_file()), None)
+    classes = read_names(numbers) if numbers else sorted(set(names) - {""})
+    index = {name: label for label, name in enumerate(classes)}
+    if unknown := set(names) - set(classes) - {""}:
+        raise ValueError(f"{file}: the template '{brief(min(unknown))}' is not in {numbers}")
+    ids = [(str(entry["id"]),) for entry in entries]
+    return ids, [index.get(name, -1) for name in names], classes
 
 
 def read_names(file: str | Path) -> list[str]:
@@ -203,14 +245,16 @@ def read_names(file: str | Path) -> list[str]:
     """
     file = Path(file).expanduser()
     if file.suffix.lower() == ".json":
-        pairs = [(number, name) for name, number in dict(_load(file)).items()]
+        content = _load(file)
+        pairs = [(number, name) for name, number in dict(content).items()]
     else:
         lines = list_lines(file).values()
         found = [re.fullmatch(rf'([0-9]+){BETWEEN}"?(.*?)"?', line) for line in lines]
         pairs = [pair.groups() for pair in found] if all(found) else list(enumerate(lines))
-    names, count = {int(number): name for number, name in pairs}, len(pairs)
-    in_a_row = sorted(names) in ([*range(count)], [*range(1, count + 1)])
-    if not count or not in_a_row or len({*names.values()}) < count:
+    names = {int(number): name for number, name in pairs if str(number).isdecimal()}
+    first = min(names, default=0)
+    in_a_row = first < 2 and sorted(names) == list(range(first, first + len(pairs)))
+    if not names or not in_a_row or len(set(names.values())) < len(names):
         want = "one name per line, each once, or `number name` with numbers from 0"
         raise ValueError(f"{file} does not name the classes: write {want}")
     return [names[number] for number in sorted(names)]
@@ -219,5 +263,5 @@ def read_names(file: str | Path) -> list[str]:
 def _load(file: Path):
     try:
         return json.loads("\n".join(list_lines(file).values()))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no whole JSON file: {error}") from error

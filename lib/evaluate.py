@@ -16,6 +16,7 @@ from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from torch.utils.data import Dataset
 import visualize
 from data import SAMPLING, Split, Views, make_loader
 from lib import engine
-from lib.annotations import read_names
-from lib.lists import READERS, listed, missing_videos, relabel, video_files
+from lib.annotations import ENDINGS, ending, read_names
+from lib.lists import listed, missing_videos, relabel, video_files
 from lib.run import Run
 from lib.video import Probe, played, read_frames, shown
 
@@ -44,11 +45,12 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
         found = [] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         for path in map(Path, found or [name]):
             videos, notes = [path], []
+            other = path.is_file() and ending(path.name) not in ENDINGS
             try:
                 if path.is_dir():
                     videos, notes = video_files(path)
                     errors += [] if videos else [f"{shown(path)}: no videos"]
-                elif path.suffix.lower() in (".txt", ".csv", ".tsv", ".json", *READERS):
+                elif other and np.fromfile(path, np.uint8, 4096).all():  # videos have zeros
                     folders = filter(os.path.isdir, [data or "", path.parent])
                     splits = [listed(folder, path, 1, train=False) for folder in folders]
                     split = min(splits, key=lambda split: len(missing_videos(split)))

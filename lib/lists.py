@@ -41,13 +41,23 @@ SYSTEM = "__macosx thumbs.db ehthumbs.db desktop.ini @eadir $recycle.bin".split(
 def read_split(
     data, splits=None, fold: int = 1, train: bool = True, missing: str = "error", classes_file=None
 ) -> Split:
-    """The training or test videos of the folder `data`; docs/data.md has the table of `splits`.
+    """The training or test videos under folder `data`. What `splits` is decides how they are found:
 
-    Official lists that lie in `data` under their own names are found. Other lists and folders know
-    no test part. `classes_file`: see name_classes. `missing` videos are an error, or are left out
-    ("skip"). What was left out is printed. Names need not be UTF-8. Raises ValueError for missing
-    files and folders, malformed lines, a video listed twice (it would count twice), videos or
-    groups in both parts, and official lists with other counts than published.
+        folder with classInd.txt         UCF101's official lists; labels from classInd.txt, minus 1
+        folder with *_test_split1.txt    HMDB51's official lists; classes in alphabetical order
+        file that ends in .json          Something-Something V2's official list
+        any other file                   lines `path label` or a table, see annotations.read_list;
+                                         paths relative to `data` or absolute; the label may be
+                                         missing or -1, names of classes are sorted
+        None                             the official lists' folder if it lies in `data` under its
+                                         own name, else all videos below `data` but hidden ones;
+                                         the name of a video's folder is its class
+
+    The last three know no test part: give another file or folder. `classes_file` names the classes
+    by number, see annotations.read_names. `missing` videos are an error, or are left out ("skip").
+    What was left out is printed. Counts of the official lists are checked. Names need not be UTF-8:
+    they are the file system's bytes. Raises ValueError for missing files and folders, malformed
+    lines, a video listed twice (it would count twice), and videos or groups in both parts.
     """
     found = listed(data, splits, fold, train, classes_file)
     absent = missing_videos(found)
@@ -56,10 +66,11 @@ def read_split(
         line += f", the first is {brief(absent[0])}"
         if missing == "error" or len(absent) == len(found.paths):
             raise ValueError(line + why_missing(absent[0], Path(data).expanduser()))
-        pairs = zip(found.paths, found.labels, strict=True)
-        kept = {path: label for path, label in pairs if os.path.isfile(path)}
+        out = set(absent)
+        kept = [i for i, path in enumerate(found.paths) if path not in out]
+        paths, labels = [found.paths[i] for i in kept], [found.labels[i] for i in kept]
         notes = [*found.notes, f"{line}: they are left out"]
-        found = replace(found, paths=[*kept], labels=[*kept.values()], notes=notes)
+        found = replace(found, paths=paths, labels=labels, notes=notes)
     for note in found.notes if engine.rank() == 0 else ():
         print(f"note: {note}")
     return found
@@ -81,21 +92,24 @@ def why_missing(path: Path, data: Path) -> str:
 
 
 def nearly(path: Path) -> tuple[Path | None, str]:
-    """(what there is under almost the name of a missing file, what differs), or (None, "").
+    """(what lies on the way to a missing file under almost its name, what differs) or (None, "").
 
     Case differs after renaming, and macOS writes accents as signs of their own (decomposed).
     """
-    form = lambda name: unicodedata.normalize("NFC", str(name))
-    plain = lambda name: form(name).casefold()
-    there = Path(path.anchor)
+    form = lambda name: unicodedata.normalize("NFC", name)
+    plain = lambda name: form(form(name).casefold())
+    here, first, differs = Path(path.anchor), None, ""
     for name in path.parts[bool(path.anchor) :]:
-        if not os.path.lexists(there / name) and os.path.isdir(there):
-            alike = (other for other in sorted(os.listdir(there)) if plain(other) == plain(name))
-            name = next(alike, name)
-        there /= name
-    if there == path or not os.path.lexists(there):
-        return None, ""
-    return there, "the forms of accents" if form(there) == form(path) else "upper and lower case"
+        names = os.listdir(here) if os.path.isdir(here) else []
+        alike = [other for other in sorted(names) if plain(other) == plain(name)]
+        other = name if os.path.lexists(here / name) else next(iter(alike), None)
+        if other is None:
+            return None, ""
+        if other != name and first is None:
+            first, same = here / other, form(other) == form(name)
+            differs = "the forms of accents" if same else "upper and lower case"
+        here = here / other
+    return first, differs
 
 
 def check_kind(split: Split, preset: str, data: str) -> None:
@@ -121,8 +135,14 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
     data, splits = Path(data).expanduser(), Path(splits).expanduser() if splits else None
     if not os.path.isdir(data):
         raise ValueError(f"no folder {data}: --data must name the folder that holds the videos")
-    official = (data / name for name in LISTS.values() if os.path.isdir(data / name))
-    splits = splits or next(official, None)
+    if splits and not os.path.exists(splits):
+        want = "--splits must name the official split files' folder or a list"
+        raise ValueError(f"no file or folder {splits}: {want}")
+    if fold not in (1, 2, 3):
+        raise ValueError(f"no fold {fold}: the official splits are 1, 2 and 3")
+    if splits is None:
+        official = (data / name for name in LISTS.values() if os.path.isdir(data / name))
+        splits = next(official, None)
     if splits is None:
         found = _read_folder(data)
     elif os.path.isdir(splits):
@@ -130,10 +150,10 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
     elif splits.suffix in READERS:
         found = READERS[splits.suffix](data, splits, fold, train)
     else:
-        found = _read_list(data, splits)
-    times = Counter(map(os.path.normpath, found.paths))
-    if twice := [path for path, count in times.items() if count > 1]:
-        raise ValueError(f"{splits} lists {brief(twice[0])} twice: remove one")
+        found = _read_file(data, splits)
+    twice = [path for path, times in Counter(found.paths).items() if times > 1]
+    if twice:
+        raise ValueError(f"{splits} lists {brief(twice[0])} twice")
     if not found.paths:
         raise ValueError(f"no videos in {splits or data}")
     if classes_file:
@@ -152,23 +172,20 @@ def name_classes(split: Split, file: str | Path) -> Split:
     names, count = annotations.read_names(file), len(split.classes)
     if split.kind != "list":
         return relabel(split, names, str(file))
+    line = f"{file} names {len(names)} classes, the labels go up to {count - 1}"
     if len(names) < count:
-        raise ValueError(f"{file} names {len(names)} of {count} classes: name them all")
-    return replace(split, classes=names, kind="named list")
+        raise ValueError(f"{line}: name them all")
+    notes = split.notes + [line] * (len(names) > count)
+    return replace(split, classes=names, kind="named list", notes=notes)
 
 
 def relabel(split: Split, classes: list[str], whose: str) -> Split:
     """The split with the numbers that its classes have among `classes`; `whose` they are."""
     if unknown := sorted({*split.classes} - {*classes}):
         raise ValueError(f"{whose}: no class is called {brief(', '.join(unknown))}")
-    names = [split.classes[label] if label >= 0 else "" for label in split.labels]
-    return replace(split, labels=numbered(names, classes), classes=classes)
-
-
-def numbered(names: list[str], classes: list[str]) -> list[int]:
-    """The number of each name among the classes, -1 where it is none of them."""
     number = {name: label for label, name in enumerate(classes)}
-    return [number.get(name, -1) for name in names]
+    labels = [number[split.classes[label]] if label >= 0 else -1 for label in split.labels]
+    return replace(split, labels=labels, classes=classes)
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -184,32 +201,36 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
 
     Links to folders are followed, but not to one that is read already, nor to one around it.
     """
-
-    def fail(error: OSError):  # leave nothing out silently
-        raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
-
-    root, seen, videos, others = os.path.realpath(data), set(), [], []
-    for folder, folders, files in os.walk(data, onerror=fail, followlinks=True):
+    root, seen = os.path.realpath(data), set()
+    folders, links, videos, others = [str(data)], [], [], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # folders first: they name the class
         real = os.path.realpath(folder)
         if real in seen or (real != root and root.startswith(os.path.join(real, ""))):
             others.append(Path(folder))
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not hidden(name)]
-        # Links come last: the folder itself names the class.
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        for path in (Path(folder, name) for name in files if not hidden(name)):
-            known = ending(path.name) in annotations.ENDINGS and os.path.isfile(path)
-            (videos if known else others).append(path)
+        try:
+            entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
+        except OSError as error:  # leave nothing out silently
+            raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if os.path.isdir(entry):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif ending(entry.name) in annotations.ENDINGS and os.path.isfile(entry):
+                videos.append(Path(entry.path))
+            else:
+                others.append(Path(entry.path))
     notes, names = [], [os.path.relpath(path, data) for path in sorted(others)]
     if others:
         few = brief(", ".join(names[:3])) + " ..." * (len(names) > 3)
         why = "no videos by their endings, or read already"
         notes.append(f"passed over in {shown(data)}: {len(names)} ({why}): {few}")
-    images = [path for path in others if ending(path.name) in annotations.IMAGES]
-    if images and not videos:
-        notes.insert(0, frames_line(data, min(images).parent))
+    images = Counter(path.parent for path in others if ending(path.name) in annotations.IMAGES)
+    frames = {folder for folder, count in images.items() if count > 4}
+    frames -= {path.parent for path in videos}
+    if frames:
+        notes.insert(0, frames_line(data, min(frames)))
     return sorted(videos), notes
 
 
@@ -219,59 +240,38 @@ def _read_folder(data: Path) -> Split:
         raise ValueError(f"no videos: {'; '.join(notes)}")
     names = [path.relative_to(data).parent.as_posix() for path in paths]
     classes = sorted(set(names) - {"."})
-    return Split(paths, numbered(names, classes), classes, notes=notes)
+    labels = {name: label for label, name in enumerate(classes)}
+    return Split(paths, [labels.get(name, -1) for name in names], classes, notes=notes)
 
 
 # ------------------------------------------------------------------------------------------ lists
 
 
-def _read_list(data: Path, file: Path) -> Split:
-    """A text file or Something-Something's JSON; a file beside that has the numbers of classes."""
+def _read_file(data: Path, file: Path) -> Split:
     json = file.suffix.lower() == ".json"
-    read = annotations.read_json if json else annotations.read_list
-    names, labels, end = read(data, file)
-    given = {*labels} - {"-1"}
-    numbers = [int(label) for label in given if label.isdecimal()]
-    if 0 < len(numbers) < len(given):
-        both = f"numbers and names as labels, such as {max(numbers)} and '{brief(max(given))}'"
-        raise ValueError(f"{file} has {both}: write names only, or numbers only")
-    classes = [str(i) for i in range(max(numbers) + 1)] if numbers else sorted(given)
-    paths = [data / name for name in names]
-    if end:  # ids: their videos lie anywhere below `data`, Kinetics' with or without _SSSSSS_EEEEEE
+    found = annotations.read_json(file) if json else annotations.read_list(data, file)
+    (names, labels, classes), there = found, {}
+    if names and isinstance(names[0], tuple):  # ids: their files may lie in folders of classes
         there = {path.stem: path for path in reversed(video_files(data)[0])}
-        paths = [there.get(i) or there.get(i[:-14]) or data / f"{i}{end}" for i in names]
-    kind = "named list" if given and not numbers else "list"
-    found = Split(paths, numbered(labels, classes), classes, kind)
-    beside = (
-        file.with_name(name) for name in ("something-something-v2-labels.json", "labels.json")
-    )
-    file = next(filter(os.path.isfile, beside), None) if json else None
-    return name_classes(found, file) if file else found
+        names = [
+            next(filter(there.get, name), f"{name[0]}.{'webm' if json else 'mp4'}")
+            for name in names
+        ]
+    numbers = classes == [str(label) for label in range(len(classes))]
+    kind = "list" if numbers else "named list"
+    return Split([there.get(name, data / name) for name in names], labels, classes, kind)
 
 
 def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
-    """UCF101's lists have lines `Class/video [number]`, HMDB51's list of a class `video part`."""
-    files = sorted(path for path in splits.glob(f"*_test_split{fold}.txt") if not hidden(path.name))
     if os.path.isfile(splits / "classInd.txt"):
-        name, classes = "ucf101", annotations.read_names(splits / "classInd.txt")
-        files = [splits / f"{part}list{fold:02}.txt" for part in ("train", "test")]
-        parts = [[line.split()[0] for line in list_lines(file).values()] for file in files]
-    elif files:
-        name, parts = "hmdb51", [[], [], []]
-        classes = [file.name.rpartition("_test_split")[0] for file in files]
-        for folder, file in zip(classes, files, strict=True):
-            for line in list_lines(file).values():
-                video, _, part = line.rpartition(" ")
-                if part not in ("0", "1", "2"):
-                    want = "must end in 0 (unused), 1 (train) or 2 (test)"
-                    raise ValueError(f"{file}: line '{brief(line)}' {want}")
-                parts[int(part)].append(f"{folder}/{video.strip()}")
-        parts = parts[1:]
+        name, (classes, parts) = "ucf101", _read_ucf101(splits, fold)
+    elif any(not hidden(file.name) for file in splits.glob("*_test_split?.txt")):
+        name, (classes, parts) = "hmdb51", _read_hmdb51(splits, fold)
     else:
-        kinds = f"classInd.txt (UCF101) nor *_test_split{fold}.txt (HMDB51)"
+        kinds = "classInd.txt (UCF101) nor *_test_split1.txt (HMDB51)"
         raise ValueError(f"{splits} holds neither {kinds}")
     # UCF101's v_Class_g08_c01.avi is clip 1 of group 8; the clips of a group are of one film.
-    films = [{re.sub(r"_c\d+\.avi$", "", video) for video in part} for part in parts]
+    films = [{re.sub(r"_c\d+\.avi$", "", video) for video, _ in part} for part in parts]
     if films[0] & films[1]:
         both = brief(min(films[0] & films[1]))
         raise ValueError(f"{splits}: {both} is in both the training and the test list")
@@ -280,6 +280,42 @@ def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
     if counts != official:
         has = "{} split {} has {} training and {} test videos, these lists have {} and {}"
         raise ValueError(has.format(name.upper(), fold, *official, *counts))
-    videos = parts[0 if train else 1]
-    labels = numbered([video.split("/")[0] for video in videos], classes)
-    return Split([data / video for video in videos], labels, classes, name)
+    chosen = parts[0 if train else 1]
+    paths, labels = [data / video for video, _ in chosen], [label for _, label in chosen]
+    return Split(paths, labels, classes, name)
+
+
+def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
+    """(classes, [(video, label) of the training part, of the test part])."""
+    entries = [line.split() for line in list_lines(splits / "classInd.txt").values()]
+    if any(len(entry) != 2 or entry[0] != str(i + 1) for i, entry in enumerate(entries)):
+        want = "lines must read `number class`, numbered from 1"
+        raise ValueError(f"{splits / 'classInd.txt'}: {want}")
+    labels, parts = {name: label for label, (_, name) in enumerate(entries)}, []
+    for part in ("trainlist", "testlist"):
+        file = splits / f"{part}{fold:02}.txt"
+        parts.append([])
+        for line in list_lines(file).values():
+            video, *number = line.split()  # lines of the training list end with the number
+            label = labels.get(video.split("/")[0])
+            if label is None or number not in ([], [str(label + 1)]):
+                want = "must read `Class/video [number]` as in classInd.txt"
+                raise ValueError(f"{file}: line '{brief(line)}' {want}")
+            parts[-1].append((video, label))
+    return list(labels), parts
+
+
+def _read_hmdb51(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
+    suffix = f"_test_split{fold}.txt"
+    files = sorted(file for file in splits.glob("*" + suffix) if not hidden(file.name))
+    if not files:
+        raise ValueError(f"no files *{suffix} in {splits}")
+    classes, parts = [file.name.removesuffix(suffix) for file in files], [[], [], []]
+    for label, file in enumerate(files):
+        for line in list_lines(file).values():
+            name, _, part = line.rpartition(" ")
+            if part not in ("0", "1", "2"):
+                want = "must end in 0 (unused), 1 (train) or 2 (test)"
+                raise ValueError(f"{file}: line '{brief(line)}' {want}")
+            parts[int(part)].append((f"{classes[label]}/{name.strip()}", label))
+    return classes, parts[1:]

@@ -16,6 +16,7 @@ import av
 
 from data import TOY, fitting_stride
 from lib import engine
+from lib.annotations import brief, list_lines
 from lib.lists import LISTS, Split, check_kind, listed, nearly, read_split, video_files
 from lib.processes import in_processes
 from lib.toy import MOTIONS as MOTIONS
@@ -197,6 +198,8 @@ def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
             problem = f"only {again.frames} of {found.frames} frames could be rewritten"
         if problem:
             raise ValueError(f"{shown(source)}: {problem}")
+        time = os.stat(source).st_mtime_ns
+        os.utime(part, ns=(time, time))  # prepare looks at it
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
@@ -212,19 +215,33 @@ def prepare(
     Returns 0, or 1 where videos are broken. Raises ValueError as _read does.
     """
     data, out = Path(data).expanduser(), Path(out).expanduser()
-    if out.resolve().is_relative_to(data.resolve()):
-        raise ValueError(f"--out {out} must lie outside of --data {data}")
+    places = data.resolve(), out.resolve()
+    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+        raise ValueError(f"--out {out} and --data {data}: neither must lie in the other")
+    if short_side is not None and short_side < 2:
+        raise ValueError(f"--short-side {short_side} must be at least 2")
     train, _ = _read(dataset, data, splits, fold=1)
-    out.mkdir(parents=True, exist_ok=True)
     if train.kind in LISTS:
         splits = splits or data / LISTS[train.kind]
     paths = train.paths
     if train.kind in ("", *LISTS):
         paths = video_files(data)[0]  # those of all folds
-    elif {*paths} & {*listed(out, splits, fold=1, train=True).paths}:
-        raise ValueError(f"{splits} has absolute paths: list paths relative to --data")
-    jobs = [(path, out / os.path.relpath(path, data), short_side) for path in paths]
-    jobs = [job for job in jobs if not job[1].is_file()]
+    names = [os.path.relpath(path, data) for path in paths]
+    lines = list_lines(Path(splits)).values() if train.kind.endswith("list") else ()
+    for name in [*names, *lines]:
+        if name.startswith("..") or os.path.isabs(name):
+            raise ValueError(f"{brief(name)} is listed: list paths relative to --data, within it")
+    size = out / ".short-side"
+    if out.is_dir() and any(out.iterdir()):
+        if not size.is_file() or size.read_text() != str(short_side):
+            other = "other files, or videos with another --short-side"
+            raise ValueError(f"--out {out} holds {other}: name an empty or a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    size.write_text(str(short_side))
+    jobs = [(path, out / name, short_side) for path, name in zip(paths, names, strict=True)]
+    # A rewritten file has the time of its source. Who replaces the source changes that.
+    time = lambda path: path.stat().st_mtime_ns if path.is_file() else None
+    jobs = [job for job in jobs if time(job[1]) != time(job[0])]
     print(f"{len(paths)} videos, {len(paths) - len(jobs)} of them are prepared already", flush=True)
     _, broken = _for_all(rewrite, jobs, workers)
     # Those that are broken are not in `out`.

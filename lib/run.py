@@ -215,7 +215,8 @@ class Run:
             done = self.step - self.start + (self.pass_number + 1) / self.accumulation  # steps
             hours = seconds / done * (self.total - self.start) / 3600
             here = f"a step takes {seconds / done:.1f} s on this {self.device.type.upper()}"
-            tqdm.write(f"{here}, this run about {hours:,.1f} hours", file=sys.stderr)
+            if hours > 1:
+                tqdm.write(f"{here}, this run about {hours:,.1f} hours", file=sys.stderr)
 
     def update(self, lr: float) -> bool:
         """The optimizer's step; a log line and a checkpoint if it is time. True after a checkpoint.

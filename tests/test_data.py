@@ -120,6 +120,8 @@ def test_ucf101(ucf):
     assert test.labels == [0, 1] and read_split(data) == train  # found by its official name
     with pytest.raises(ValueError, match="trainlist02"):
         read_split(data, folder, fold=2)
+    with pytest.raises(ValueError, match="no fold 4"):
+        read_split(data, folder, fold=4)
     (data / "Bowling" / "v_Bowling_g01_c01.avi").unlink()
     with pytest.raises(ValueError, match="1 of 2 .*v_Bowling_g01_c01.avi"):
         read_split(data, folder, train=False)
@@ -192,7 +194,7 @@ def test_places_without_videos(tmp_path):
     for args, words in (
         ((tmp_path / "nowhere",), "no folder .*nowhere"),
         ((tmp_path / "empty",), "no videos"),
-        ((tmp_path, tmp_path / "nosplits"), "no file .*nosplits"),
+        ((tmp_path, tmp_path / "nosplits"), "no file or folder .*nosplits"),
         ((tmp_path, tmp_path / "empty"), "neither classInd.txt"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -229,13 +231,14 @@ def test_lists_of_every_spelling(listed, tmp_path):
 @pytest.mark.parametrize(
     "raw, words",
     [
-        (b"a.avi 1\nb c.avi 2\na.avi 1\n", "lists .*/a.avi twice"),
-        (b"a.avi 1\nx/.././a.avi 1\n", "lists .*/a.avi twice"),
-        (b"a.avi -2\n", "line 1, 'a.avi -2', label -2 must be from 0"),
-        (b"a.avi 123456789\n", "label 123456789 must be from 0"),
+        (b"a.avi 1\nb c.avi 2\na.avi 1\n", "lines 1 and 3 are the same video, a.avi"),
+        (b"a.avi 1\na.avi 0\n", "lines 1 and 2 are the same video"),
+        (b"a.avi 1\nx/.././a.avi 1\n", "lines 1 and 2 are the same video"),
+        (b"a.avi -2\n", "line 1: label -2 must be from 0"),
+        (b"a.avi 123456789\n", "line 1: label 123456789 must be from 0"),
         (b"a.avi 12345678901234567890\n", "must be from 0"),
-        (b"a.avi --3\n", "label --3 must be from 0"),
-        ("a.avi ²\n".encode(), "label ² must be from 0"),
+        (b"a.avi --3\n", "missing, the first is .*a.avi --3"),
+        ("a.avi ²\n".encode(), "missing"),
         (b"a.avi 0\nno.avi 1\n", "1 of 2 listed videos are missing, the first is .*no.avi"),
         (b"%s.avi 0\n" % (b"x" * 300), "missing"),
         (b"a.avi\n.\n..\n", "2 of 3 listed videos are missing"),

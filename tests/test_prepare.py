@@ -271,7 +271,7 @@ UCF_MISTAKES = {  # what to break, what the line says
     ),
     "other case": (
         lambda f: (f / "UCF-101/Bowling").rename(f / "UCF-101/bOwling"),
-        "there is DIR/UCF-101/bOwling/.*, only upper and lower case differ: rename it",
+        "there is DIR/UCF-101/bOwling, only upper and lower case differ: rename it",
     ),
 }
 
@@ -297,7 +297,7 @@ def test_other_lists_are_refused(hmdb, run):
     expect(run("check", "hmdb51", *words), hmdb, "DIR/hmdb51 has other lists, or none: .* --splits")
     words += ("--splits", hmdb / "testTrainMulti_7030_splits")
     expect(run("check", "ucf101", *words), hmdb, "has other lists, or none: .*of ucf101")
-    expect(run("check", "hmdb51", *words, "--fold", 3), hmdb, r"nor \*_test_split3.txt")
+    expect(run("check", "hmdb51", *words, "--fold", 3), hmdb, r"no files \*_test_split3.txt")
 
 
 def test_lists_of_what_is_there_are_written(ucf, run, monkeypatch):
@@ -329,7 +329,7 @@ def state(folder):
 
 
 def files(folder):
-    return {path.name for path in folder.rglob("*") if path.is_file()}
+    return {path.name for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 NAMES = ("run/a.mp4", "run/b c.avi", "walk/d.mkv")
@@ -401,8 +401,10 @@ def test_a_second_run_does_what_is_missing(source, tmp_path, capsys):
     (source / "walk" / "e.avi").unlink()
     assert prepared(source, out) == 0
     assert "2 of them are prepared already" in capsys.readouterr().out
-    for path, (content, time_) in state(out).items():
-        assert content == first[path][0] and (time_ == first[path][1]) == ("b c" not in path.name)
+    assert {path: first[path] for path in state(out)} == state(out)
+    os.utime(source / "walk" / "d.mkv")  # as if it had been replaced
+    assert prepared(source, out) == 0
+    assert "2 of them are prepared already" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("walk/d.mkv 0\n")
     small = tmp_path / "small"
     assert prepared(source, small, splits=tmp_path / "list.txt", short_side=32) == 0
@@ -424,11 +426,17 @@ def test_an_unfinished_file_has_another_name(source, tmp_path, monkeypatch, caps
 
 
 def test_places_that_are_refused(source, tmp_path):
-    for out in (source, source / "new"):
-        with pytest.raises(ValueError, match="must lie outside of --data"):
+    for out in (source, source / "new", tmp_path):
+        with pytest.raises(ValueError, match="neither must lie in the other"):
             prepared(source, out)
+    with pytest.raises(ValueError, match="--short-side 0 must be at least 2"):
+        prepared(source, tmp_path / "out", short_side=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").touch()
+    with pytest.raises(ValueError, match="holds other files, or videos with another --short-side"):
+        prepared(source, tmp_path / "full")
     (tmp_path / "list.txt").write_text(f"{source}/run/a.mp4 0\n")
-    with pytest.raises(ValueError, match="list paths relative to --data"):
+    with pytest.raises(ValueError, match="list paths relative to --data, within it"):
         prepared(source, tmp_path / "out", splits=tmp_path / "list.txt")
 
 
