@@ -401,7 +401,7 @@ def test_a_second_run_does_what_is_missing(source, tmp_path, capsys):
     (source / "walk" / "e.avi").unlink()
     assert prepared(source, out) == 0
     assert "2 of them are prepared already" in capsys.readouterr().out
-    assert {path: first[path] for path in state(out)} == state(out)
+    assert {path: first[path] for path in state(out / "run")} == state(out / "run")
     os.utime(source / "walk" / "d.mkv")  # as if it had been replaced
     assert prepared(source, out) == 0
     assert "2 of them are prepared already" in capsys.readouterr().out
