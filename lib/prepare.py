@@ -23,6 +23,8 @@ from lib.toy import MOTIONS as MOTIONS
 from lib.toy import make_toy
 from lib.video import Probe, played, shown, upright
 
+LONG = 3000  # frames; decoding them takes seconds
+
 
 def training_videos(
     preset: str, data: str | None, splits: str | None, fold: int, missing="error", classes=None
@@ -150,6 +152,9 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
         stride = 2 if dataset == "hmdb51" else 4  # of the recipes
         short = sum(fitting_stride(count, 16, stride) < stride for count in counts)
         print(f"{short} are too short for 16 frames with stride {stride}, and get a smaller stride")
+        if slow := sum(not file.timed and file.frames > LONG for file in good):
+            long = f"{slow} of over {LONG} frames are decoded from their start for each clip"
+            print(f"{long}: `python data.py prepare` makes files that need not be")
     _next(dataset, train, broken, data=data, splits=splits, fold=fold if fold > 1 else None)
     return int(bool(broken))
 

@@ -58,6 +58,7 @@ class Probe:
 
     `damaged`: frames that are broken, and packets that cannot be decoded. `announced`: frames by
     the container. `size`: (width, height) in pixels, as stored. `rate`: frames per second.
+    `timed`: a clip need not be decoded from the start of the file.
     """
 
     frames: int = 0
@@ -65,6 +66,7 @@ class Probe:
     announced: int = 0
     size: tuple[int, int] = (0, 0)
     rate: float = 0.0
+    timed: bool = True
 
     @property
     def problem(self) -> str:
@@ -85,7 +87,7 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
         found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
         if "mp4" in container.format.name.split(","):  # an edit list may show only a part
             found.announced = sum(not entry.is_discard for entry in stream.index_entries)
-        found.size = context.width, context.height
+        found.size, found.timed = (context.width, context.height), _timed(container, stream)
         # None at the end: what the decoder still holds.
         for packet in chain(_packets(container, stream), [None]):
             try:
@@ -197,12 +199,18 @@ def _choose(path, choose, total: int) -> list[int]:
 # ---------------------------------------------------------------- the first way: by display times
 
 
+def _timed(container, stream) -> bool:
+    """Whether every packet is one frame and says when it is shown."""
+    known = stream.codec_context.codec.id in ONE_FRAME_PER_PACKET
+    return known and not TIMED.isdisjoint(container.format.name.split(","))
+
+
 def _by_times(path, container, stream, choose) -> _Clip | None:
     """The wanted frames, from no more packets than they need; None where times are not sure."""
-    formats, context = set(container.format.name.split(",")), stream.codec_context
-    if not formats & TIMED or context.codec.id not in ONE_FRAME_PER_PACKET:
+    if not _timed(container, stream):
         return None
-    groups = _Groups(container, stream, "dts" if "mp4" in formats else "pts")
+    context, mp4 = stream.codec_context, "mp4" in container.format.name.split(",")
+    groups = _Groups(container, stream, "dts" if mp4 else "pts")
     if not groups.sure:
         return None
     clip = _Clip(_choose(path, choose, groups.first[-1]), (context.width, context.height))

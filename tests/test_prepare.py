@@ -195,6 +195,14 @@ def test_a_whole_hmdb51_passes(hmdb, run):
     assert "6 videos decoded" in out and "0 are too short for 16 frames with stride 2" in out
 
 
+def test_long_files_without_an_index_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "LONG", 20)
+    for name, frames in (("a.ts", 30), ("b.mp4", 30), ("c.ts", 12)):
+        write(tmp_path / name, frames=frames)
+    assert prepare.check("own", tmp_path, None, 1, 1) == 0
+    assert "\n1 of over 20 frames are decoded from their start for" in capsys.readouterr().out
+
+
 def test_own_videos_pass(ucf, run):
     code, out, _ = run("check", "own", "--data", ucf / "UCF-101")
     assert code == 0 and "8 training videos, no test part, 2 classes" in out
