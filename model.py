@@ -137,7 +137,7 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     """Fixed position embeddings of all tokens, (N, D) float32. Two kinds:
 
     "1d", the official code: sine and cosine of the token index n.
-    "3d", ours: a third of the D values each for time, row, column. Narrow models learn sooner so.
+    "3d", ours: a third of the D values each for time, row, column. It helps narrow models learn.
     """
     t, h, w = grid
     n = torch.arange(t * h * w)  # the tokens in their order
@@ -163,7 +163,7 @@ def split_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     ValueError unless all clips mask the same number of tokens, at least one and not all.
     """
-    # V and M must be numbers on the CPU. So the CPU waits for the GPU here, only here in forward.
+    # V and M must be numbers on the CPU. This is the only place in forward that waits for the GPU.
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(f"all clips must mask the same number of tokens, not {counts}")

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
 
     # Data: clips stay uint8 until they are on the device.
     split = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
-    factor = Model.frame_factor  # 1, but for a variant that loads more frames of the same time
+    factor = Model.frame_factor  # 1; a variant may load more frames of the same span of time
     sample = partial(sample_clip, frames=factor * cfg.frames, stride=cfg.stride // factor)
     videos = Videos(split, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
     cfg = fit_to_set(preset, cfg, len(videos))  # own: batch, epochs and warm-up

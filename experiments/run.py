@@ -1,6 +1,7 @@
 """The paper's tables and figures at toy scale: make any of them again on two CPU cores.
 
     python -m experiments.run table1b                        # or several, or all: seeds 0, 1, 2
+    python -m experiments.run real                           # three folds of real clips, not of all
     python -m experiments.run table1b --first 3 --seeds 1    # seed 3, added to those of the page
     python -m experiments.run --report                       # pages and list from runs/lab
 
@@ -63,6 +64,8 @@ class Job:
         return made and self.about()["chain"] == self.chain
 
 
+# The experiments that need no download: `all`.
+TOYS = [name for name, experiment in EXPERIMENTS.items() if "preset" not in experiment]
 STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
 
 
@@ -208,7 +211,7 @@ def prepare(seed: int) -> None:
 
 def measure(name: str, seeds: range) -> dict:
     """An experiment as report takes it, with those of the seeds that are complete."""
-    preset = "own" if name.startswith("real") else "toy"
+    preset = EXPERIMENTS[name].get("preset", "toy")
     found = EXPERIMENTS[name] | {"recipes": {of: recipe(of, preset) for of in STAGES}}
     jobs = {seed: {cell: jobs_of(cell, seed) for *_, cell in found["rows"]} for seed in seeds}
     complete = [
@@ -250,13 +253,14 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = ", ".join(EXPERIMENTS)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {known}")
+    about = f"all of toy videos (all), or some of {known}"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=about)
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--report", action="store_true", help="run nothing, read these seeds' runs")
     args = parser.parse_args(argv)
-    names = list(EXPERIMENTS) if args.names == ["all"] else args.names
+    names = TOYS if args.names == ["all"] else args.names
     if set(names) - set(EXPERIMENTS) or bool(names) == args.report:
         raise ValueError(f"name all or some of {known}, or --report")
     if args.seeds < 1 or args.first < 0 or args.jobs < 1:
@@ -281,7 +285,7 @@ def run_series(names: list[str], seeds: range, at_once: int) -> None:
             raise ValueError(f"another series is at work in {LAB}") from None
         try:
             for seed in seeds:
-                if set(names) != {"real"}:
+                if any(name in TOYS for name in names):
                     prepare(seed)
                 Series(at_once).run_all(chains_of(names, seed))
         except KeyboardInterrupt:

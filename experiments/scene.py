@@ -33,12 +33,11 @@ def thumbnail(path) -> Tensor:
 
 def main(argv: list[str]) -> None:
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
-    splits = [read_split(cfg.data, part) for part in (cfg.train, cfg.test)]
-    train, test = (torch.stack([thumbnail(path) for path in split.paths]) for split in splits)
-    nearest = torch.cdist(test, train).argmin(dim=1)
-    labels, known = (torch.tensor(split.labels) for split in reversed(splits))
-    hits = known[nearest] == labels
-    print(f"top-1 {100 * hits.float().mean():.1f} % of {len(test)} test videos")
+    train, test = (read_split(cfg.data, part) for part in (cfg.train, cfg.test))
+    known, asked = (torch.stack([thumbnail(path) for path in part.paths]) for part in (train, test))
+    nearest = torch.cdist(asked, known).argmin(dim=1)
+    hits = torch.tensor(train.labels)[nearest] == torch.tensor(test.labels)
+    print(f"top-1 {100 * hits.float().mean():.1f} % of {len(hits)} test videos")
 
 
 if __name__ == "__main__":

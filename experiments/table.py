@@ -97,6 +97,7 @@ EXPERIMENTS = {
     ),
     "real": dict(
         title="Real clips: is it worth it?",
+        preset="own",
         note="Five classes of UCF101, about 280 training and 120 test clips per fold, all of them "
         "labelled. The folds follow UCF101's groups. Pre-training sees the training clips of its "
         "fold alone. The paper's numbers are of all of UCF101. 20 epochs, or 40.",

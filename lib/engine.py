@@ -58,9 +58,10 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             parser.error(f"{_flag(field.name)} {value} must be {allowed}")
-    name = Path(getattr(config, "name", None) or preset or "-")
-    if name.is_absolute() or ".." in name.parts or not name.parts:
-        parser.error(f"--name {name} is no folder within runs/")
+    if name := getattr(config, "name", None):
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or not parts:
+            parser.error(f"--name {name} is no folder within runs/")
     return preset, config
 
 

@@ -216,7 +216,7 @@ def prepare(
 ) -> int:
     """Rewrite the videos of a list, or else all in folder `data`, to folder `out`; see rewrite.
 
-    Names stay. Files that are in `out` stay as well: a second run goes on where the first stopped.
+    Names stay. A second run goes on where the first stopped, and rewrites what has changed since.
     Returns 0, or 1 where videos are broken. Raises ValueError as _read does.
     """
     data, out = Path(data).expanduser(), Path(out).expanduser()
