@@ -9,14 +9,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 aten = torch.ops.aten
-# What takes long to compute again, in the forward pass of a block.
-COSTLY = [
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
+ATTENTION = [
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
@@ -28,7 +28,7 @@ def save_memory(model: nn.Module, how: str) -> None:
     """Choose which activations the blocks of a model keep for the backward pass.
 
     fast   all of them
-    less   results of matrix products and attention; LayerNorm and GELU are computed again
+    less   queries, keys, values and attention's results; all else is computed again
     least  the input of each block; everything else is computed again
 
     A compiled model needs neither: the compiler chooses by itself.
@@ -37,11 +37,20 @@ def save_memory(model: nn.Module, how: str) -> None:
         return
     save = partial(checkpoint, use_reentrant=False)
     if how == "less":
-        save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, COSTLY))
+        save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, keep))
     for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in stack:
             # As an attribute of the object, it hides the method of its class.
             block.forward = partial(save, block.forward)
+
+
+def keep(context, operation, *inputs, **options) -> CheckpointPolicy:
+    """Whether `less` keeps the result of an operation in the forward pass of a block."""
+    kept = operation in ATTENTION
+    if operation in (aten.mm.default, aten.addmm.default):
+        rows, columns = inputs[-1].shape  # of the weight, transposed
+        kept = columns == 3 * rows  # it makes queries, keys and values
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,14 +1,18 @@
 """What makes it faster changes nothing: attention on CPUs, memory policies, compiling, threads."""
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import speed
 from lib.variants import MODELS
 from masking import tube_mask
 from model import Classifier, VideoMAE
 
+aten = torch.ops.aten
 SMALL = dict(size="toy", video_size=(8, 32, 48), cube=(2, 8, 8))
 
 
@@ -108,6 +112,34 @@ def test_memory_policies_repeat_random_numbers_and_keep_less():
         speed.save_memory(model, how)
         bytes_kept[how] = kept(model, clip(), tube())
     assert bytes_kept["least"] < 0.3 * bytes_kept["fast"]
+
+
+def test_less_computes_the_mlp_again_but_not_attention():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            products = (aten.mm.default, aten.addmm.default)
+            seen.append((op, tuple(args[-1].shape) if op in products else None))
+            return op(*args, **(kwargs or {}))
+
+    model = VideoMAE(**SMALL)
+    loss = {}
+    for how in ("fast", "less"):
+        speed.save_memory(model, how)
+        loss[how] = model(clip(), tube())[0]
+    again = {}
+    for how in loss:
+        seen.clear()
+        with Watch():
+            loss[how].backward(retain_graph=True)
+        again[how] = collections.Counter(seen)
+    more = again["less"] - again["fast"]
+    dim, decoder_dim = 128, 96
+    for width, depth in ((dim, 4), (decoder_dim, 2)):
+        assert more[aten.addmm.default, (width, 4 * width)] == depth  # fc1
+        assert (aten.addmm.default, (width, 3 * width)) not in more  # qkv
+    assert not {op for op, _ in more} & set(speed.ATTENTION)
 
 
 def one_block(model):
