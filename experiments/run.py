@@ -1,7 +1,7 @@
 """The paper's tables and figures at toy scale: make any of them again on two CPU cores.
 
     python -m experiments.run table1b                        # or several, or all: seeds 0, 1, 2
-    python -m experiments.run real                           # three folds of real clips, not of all
+    python -m experiments.run ucf101_5 tennis7               # three folds of real clips, not of all
     python -m experiments.run table1b --first 3 --seeds 1    # seed 3, added to those of the page
     python -m experiments.run --report                       # pages and list from runs/lab
 

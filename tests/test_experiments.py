@@ -19,7 +19,7 @@ from data import TOY, Split
 from experiments import leak, report, run
 from experiments.report import claims_of, read_score, verdict
 from experiments.run import Job, Series, chains_of, jobs_of, measure
-from experiments.table import DOWN, EXPERIMENTS, LAB, PRETRAIN, STILL
+from experiments.table import DOWN, EXPERIMENTS, LAB, PRETRAIN, REAL, STILL
 from lib import engine
 from lib.prepare import MOTIONS
 
@@ -55,7 +55,7 @@ def parsed(job):
         return leak, engine.parse_config(leak.Config, flags[1:], "", {"": {}})[1]
     stage = STAGES[script]
     preset, cfg = engine.parse_config(stage.Config, flags, "", stage.PRESETS)
-    assert preset == ("own" if "/real" in cfg.name or "-real" in cfg.name else "toy")
+    assert preset == ("own" if any(name in cfg.name for name in REAL) else "toy")
     return stage, cfg
 
 
@@ -266,7 +266,7 @@ def test_what_a_series_prepares(lab, monkeypatch):
 
 @pytest.mark.parametrize("argv", ["", "table9", "all --report", "all --seeds 0", "all --first -1"])
 def test_mistakes(lab, argv):
-    with pytest.raises(ValueError, match="name all or some of table1a|must be at least 1"):
+    with pytest.raises(ValueError, match="name all or some of ucf101_5|must be at least 1"):
         run.main(argv.split())
 
 
@@ -295,8 +295,8 @@ def test_scores(lab):
     product.with_name("predictions.csv").write_text(HEAD + rows)
     scores = [read_score(product, key) for key in ("", "Pulse", "Turn2")]
     assert scores == [50, 100, 0]
-    finish("real:real-probe", 0, top1=50.0, knn=40.0)
-    assert read_score(jobs_of("real:real-probe", 0)[-1].product, "knn") == 40
+    finish("ucf101_5:ucf101_5-probe", 0, top1=50.0, knn=40.0)
+    assert read_score(jobs_of("ucf101_5:ucf101_5-probe", 0)[-1].product, "knn") == 40
     finish("still:leak-tube", 0, psnr={"model still": 20.5})
     assert read_score(jobs_of("still:leak-tube", 0)[-1].product, "model still") == 20.5
 
@@ -419,7 +419,7 @@ def test_minutes_are_shown_where_they_are_known():
 def test_committed_pages_say_which_code_made_them():
     folder = Path(__file__).parents[1] / RESULTS
     pages = [path for path in folder.glob("*.md")]
-    assert {path.stem for path in pages} >= set(EXPERIMENTS) - {"real"}
+    assert {path.stem for path in pages} >= set(EXPERIMENTS) - set(REAL)
     for path in pages:
         found = json.loads(path.with_suffix(".json").read_text())
         assert "\nMade at commit " in path.read_text() and found["commits"]
