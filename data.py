@@ -234,9 +234,10 @@ class Videos(Dataset):
     """Training clips of a split. The key is (index, seed): the seed decides all that is random.
 
     An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each
-    augmented on its own and cut at its own time, or with `same_time` all at one. A file that cannot
-    be read is left out and reported, {path: error}, and a random other one takes its place. After
-    10 unreadable ones in a row the clips are None.
+    augmented on its own and cut at its own time, or with `same_time` all at one. `transform` may be
+    a list, one for each of the R clips. A file that cannot be read is left out and reported,
+    {path: error}, and a random other one takes its place. After 10 unreadable ones in a row the
+    clips are None.
     """
 
     def __init__(
@@ -268,7 +269,10 @@ class Videos(Dataset):
                     index = int(torch.randint(len(self), ()))
                     continue
                 clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
-                clips = [self.transform(clip).as_subclass(Tensor) for clip in clips]
+                change = self.transform
+                changes = change if isinstance(change, list) else [change] * self.repeats
+                pairs = zip(changes, clips, strict=True)
+                clips = [change(clip).as_subclass(Tensor) for change, clip in pairs]
                 return torch.stack(clips), self.split.labels[index], unreadable
         return None, -1, unreadable
 
