@@ -79,6 +79,8 @@ PRESETS = {
 }  # fmt: skip
 
 
+COLLAPSED = 0.05  # `features` of `spread` below this (ours): those of new weights have 0.4 to 0.6
+
 # ------------------------------------------------------------------------------------------- views
 
 
@@ -91,13 +93,14 @@ def view_transforms(size: int, smallest: float, flip: bool) -> list[v2.Transform
     # Colours alone would tell most videos apart. Jitter and grey clips make the network look at
     # more. The blur's kernel is a tenth of the clip, 23 for 224 pixels (BYOL).
     blur = v2.GaussianBlur(size // 20 * 2 + 1, sigma=(0.1, 2.0))
+    grey = v2.ColorJitter(saturation=(0.0, 0.0))  # v2.RandomGrayscale leaves videos as they are
     flips = [v2.RandomHorizontalFlip()] if flip else []
 
     def view(blurred: float, solarized: float) -> v2.Transform:
         return v2.Compose([
             v2.RandomResizedCrop(size, scale=(smallest, 1.0), antialias=True),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([grey], p=0.2),
             v2.RandomApply([blur], p=blurred),
             v2.RandomSolarize(128, p=solarized),
             *flips,
@@ -232,45 +235,55 @@ def spread(keys: Tensor, features: Tensor) -> dict[str, Tensor]:
 
 def main(argv: list[str]) -> None:
     preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
-    device = engine.setup(cfg.device)
-    split = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
+    name, device = cfg.name or f"contrast-{preset}", engine.setup(cfg.device)
+
+    # Two clips of each video, each at its own time.
+    found = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
     rule = partial(sample_clip, frames=cfg.frames, stride=cfg.stride)
     views = view_transforms(cfg.resolution, cfg.smallest, cfg.flip)
-    pairs = Videos(split, rule, views, repeats=2)
+    pairs = Videos(found, rule, views, cfg.repeats)
     cfg = fit_to_set(preset, cfg, len(pairs))
+    # A clip is told from the others of its batch. So there must be others, and all in one pass.
     if cfg.batch < 2:
         raise ValueError("one video has no others to be told from: contrast.py needs two or more")
     if engine.split_batch(cfg.batch, cfg.micro)[1] > 1:
         parts = f"--micro {cfg.micro} would tell each clip from fewer others"
         raise ValueError(f"{parts}: leave it out, and take --memory least or a smaller --batch")
 
+    # AdamW. No weight decay on vectors, as in the other stages. The official code decays all.
     torch.manual_seed(cfg.seed)
     clip = (cfg.frames, cfg.resolution, cfg.resolution)
-    model = MoCo(cfg.size, clip, cfg.cube, cfg.positions, cfg.hidden, cfg.out)
-    speed.place(model, device)
-    # The official code decays vectors, too. Here it is as in the other stages.
+    how = (cfg.size, clip, cfg.cube, cfg.positions, cfg.hidden, cfg.out)
+    model = speed.place(MoCo(*how), device)
     learned = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in learned if p.ndim > 1], weight_decay=cfg.weight_decay),
-        dict(params=[p for p in learned if p.ndim == 1], weight_decay=0.0),
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    run = Run("contrast", cfg.name or f"contrast-{preset}", cfg, model, optimizer, pairs, device)
+    matrices, vectors = ([p for p in learned if (p.ndim > 1) == is_one] for is_one in (True, False))
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+    run = Run("contrast", name, cfg, model, optimizer, pairs, device)
     batches = make_loader(pairs, run.order, cfg.workers, device.type == "cuda")
     for step in run.steps():
         # The momentum encoder follows ever more slowly, and in the end not at all.
         model.follow(engine.cosine_lr(step, run.total, 0, cfg.momentum, 1.0))
-        for clips, _ in run.passes(batches):  # one pass
+        for clips, _ in run.passes(batches):  # a single one
             with run.autocast():
                 queries, keys, features = run.net(clips)
+            # The keys of all processes are there to choose from.
             keys = gather(keys)
             run.backward(contrastive_loss(queries, keys, cfg.temperature))
-        if step == 0:  # of outputs that are all the same
+        run.more = spread(keys, gather(features))  # for the log
+        if step == 0:  # the loss of outputs that are all the same
             run.log.write(constant_loss=4 * cfg.temperature * math.log(cfg.batch))
-        run.more = spread(keys, gather(features))
+        # Linear warm-up to the peak, then half a cosine down to 0. The peak grows with the batch.
         peak = cfg.base_lr * cfg.batch / 256
         if run.update(engine.cosine_lr(step, run.total, run.warmup, peak, 0.0)):
             visualize.plot_log(run.folder)
+            if run.more["features"] < COLLAPSED:
+                advice = "try a lower --base-lr, or a larger --batch"
+                run.say(
+                    f"the network has collapsed, its features are nearly all the same: {advice}"
+                )
+
     run.close()
 
 

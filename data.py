@@ -36,8 +36,11 @@ TOY = "datasets/toy"  # the toy data set, unless told otherwise
 
 
 def fitting_stride(total: int, frames: int, stride: int) -> int:
-    """The largest stride up to `stride` at which `frames` frames fit into `total`, at least 1."""
-    return max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+    """The largest stride up to `stride` at which `frames` frames fit into `total`, at least 1.
+
+    0 stays 0: the clip is one frame, held still.
+    """
+    return min(stride, max((total - 1) // max(frames - 1, 1), 1))
 
 
 def sample_clip(total: int, frames: int, stride: int) -> list[int]:
@@ -49,7 +52,7 @@ def sample_clip(total: int, frames: int, stride: int) -> list[int]:
     repeats its last frame. Draws from torch's global generator.
     """
     stride = fitting_stride(total, frames, stride)
-    start = int(torch.randint(max(total - frames * stride, 0) + 1, ()))
+    start = int(torch.randint(max(total - max(frames * stride, 1), 0) + 1, ()))
     return [min(start + i * stride, total - 1) for i in range(frames)]
 
 
@@ -75,8 +78,11 @@ def uniform_clip(total: int, frames: int, stride: int = 0) -> list[int]:
 def dense_views(total: int, frames: int, stride: int, clips: int) -> list[list[int]]:
     """Test clips, evenly spread (official code): `frames` in a row of 0, stride, 2*stride ...
 
-    A short video gets a smaller stride, as in sample_clip. No randomness.
+    A short video gets a smaller stride, as in sample_clip. No randomness. At stride 0, clip k is
+    the frame in the middle of part k of `clips` equal parts.
     """
+    if stride == 0:
+        return [[(2 * k + 1) * total // (2 * clips)] * frames for k in range(clips)]
     stride = fitting_stride(total, frames, stride)
     places = list(range(0, total, stride))
     places += [places[-1]] * (frames - len(places))

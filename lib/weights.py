@@ -350,7 +350,7 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     if classifier and "classes" in about:
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:
-        raise ValueError(f"{path} has no decoder, which makes figures: take weights of pretrain.py")
+        raise ValueError(f"{path} has no decoder: take those of pretrain.py to reconstruct videos")
     more = ["classes"] if Model is Classifier else ["decoder_depth", "normalize", "loss"]
     keys = ["size", "video_size", "cube", "positions", "eps", *more]
     model = build(Model, {key: known[key] for key in keys if key in known})
