@@ -69,7 +69,7 @@ class Config(RunConfig):
 # 300 epochs elsewhere are MoCo v3's. Toy and own are ours.
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=48, workers=0, smallest=0.5, flip=False,
-                size="toy", cube=(2, 8, 8), positions="3d", hidden=512, out=64, epochs=30, batch=32,
+                size="toy", cube=(2, 8, 8), positions="3d", hidden=512, out=64, epochs=20, batch=32,
                 base_lr=4e-3, warmup=2, save_minutes=1),
     "own": dict(size="small", resolution=112, epochs=None, warmup=None, batch=32, base_lr=4e-3),
     "ucf101": dict(stride=4, batch=192),
@@ -91,8 +91,8 @@ def view_transforms(size: int, smallest: float, flip: bool) -> list[v2.Transform
     colour jitter, grey, blur, in the second view solarization, with `flip` mirroring.
     """
     # Colours alone would tell most videos apart. Jitter and grey clips make the network look at
-    # more. The blur's kernel is a tenth of the clip, 23 for 224 pixels (BYOL).
-    blur = v2.GaussianBlur(size // 20 * 2 + 1, sigma=(0.1, 2.0))
+    # more. The blur's kernel reaches three times the largest sigma, which is in pixels.
+    blur = v2.GaussianBlur(13, sigma=(0.1, 2.0))
     grey = v2.ColorJitter(saturation=(0.0, 0.0))  # v2.RandomGrayscale leaves videos as they are
     flips = [v2.RandomHorizontalFlip()] if flip else []
 
