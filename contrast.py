@@ -1,6 +1,6 @@
 """Pre-train with MoCo v3 (Chen et al. 2021), to which the paper compares VideoMAE (Tables 2 to 4).
 
-    python contrast.py                          # preset toy: toy videos, minutes on one CPU core
+    python contrast.py                          # preset toy: toy videos, 15 minutes on one CPU core
     python contrast.py ucf101 --data UCF-101 --splits ucfTrainTestlist --memory less
     torchrun --nproc_per_node 8 contrast.py ssv2 --data ssv2 --splits train.csv
     python finetune.py --init runs/contrast-toy/checkpoint.pt      # linprobe.py alike
@@ -65,8 +65,7 @@ class Config(RunConfig):
 # The defaults are MoCo v3's for ViT (paper, section 5, and official script): epochs, warm-up, base
 # lr, weight decay, temperature, momentum, widths, smallest crop. Its batch is 4096, or 1024 on one
 # machine, which is VideoMAE's. Stride, mirroring of ssv2 and batch of ucf101 and hmdb51 are those
-# of pretrain.py. VideoMAE's paper says of its MoCo v3 only that ssv2 took 300 epochs (Table 3), so
-# 300 epochs elsewhere are MoCo v3's. Toy and own are ours.
+# of pretrain.py. VideoMAE's paper has no recipe of its MoCo v3 on videos. Toy and own are ours.
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=48, workers=0, smallest=0.5, flip=False,
                 size="toy", cube=(2, 8, 8), positions="3d", hidden=512, out=64, epochs=20, batch=32,
@@ -78,8 +77,8 @@ PRESETS = {
     "k400": dict(stride=4),
 }  # fmt: skip
 
-
 COLLAPSED = 0.05  # `features` of `spread` below this (ours): those of new weights have 0.4 to 0.6
+
 
 # ------------------------------------------------------------------------------------------- views
 
@@ -279,10 +278,8 @@ def main(argv: list[str]) -> None:
         if run.update(engine.cosine_lr(step, run.total, run.warmup, peak, 0.0)):
             visualize.plot_log(run.folder)
             if run.more["features"] < COLLAPSED:
-                advice = "try a lower --base-lr, or a larger --batch"
-                run.say(
-                    f"the network has collapsed, its features are nearly all the same: {advice}"
-                )
+                what = "the network has collapsed, its features are nearly all the same"
+                run.say(f"{what}: try a lower --base-lr, or a larger --batch")
 
     run.close()
 

@@ -183,7 +183,7 @@ def about_ours(path: Path, content: dict) -> dict:
     about |= {key: flags[key] for key in ("stride", "sampling") if key in flags}
     if content["stage"] == "pretrain":
         about["name"] = flags["model"]
-    elif content["stage"] == "finetune":
+    elif "classes" in config:
         about["classes"] = config["classes"]
     if content["step"] < content["steps"]:
         about["note"] = f"unfinished: step {content['step']} of {content['steps']}"

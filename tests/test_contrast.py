@@ -122,6 +122,8 @@ def test_queries_learn_and_keys_follow():
     assert queries.requires_grad and not keys.requires_grad and not features.requires_grad
     # Clips 0, 2, 4 are the first views.
     torch.testing.assert_close(features[1, 0], model.encoder(clips)[1].mean(dim=0))
+    # The last BatchNorm has no weights.
+    assert model.projector[-1].weight is model.predictor[-1].weight is None
     # At first both branches are the same, but for the predictor.
     torch.testing.assert_close(model.predictor(keys[0]), queries[0])
     queries.square().mul(torch.arange(12.0)).sum().sin().backward()
@@ -224,8 +226,7 @@ def test_two_processes_are_as_one(beside, train):
     """Keys and BatchNorm are of all processes: the curve is the same up to rounding."""
     train(2, "contrast", "toy", "--data", beside, *TINY, "--name", "two")
     for key in ("loss", "alignment", "uniformity", "deviation", "features"):
-        assert steps("two", key) == pytest.approx(steps("whole", key), rel=2e-3, abs=1e-3), key
-    assert steps("two")[:2] == pytest.approx(steps("whole")[:2], rel=1e-5)
+        assert steps("two", key) == pytest.approx(steps("whole", key), rel=1e-4, abs=1e-4), key
 
 
 def test_videos_are_told_apart_in_a_few_steps():
