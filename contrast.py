@@ -262,12 +262,14 @@ def main(argv: list[str]) -> None:
     run = Run("contrast", name, cfg, model, optimizer, pairs, device)
     batches = make_loader(pairs, run.order, cfg.workers, device.type == "cuda")
     for step in run.steps():
-        # The momentum encoder follows ever more slowly, and in the end not at all.
+        # The momentum encoder follows ever more slowly, and in the end not at all. It does so before
+        # it makes keys (official code). So a checkpoint holds all that the next step needs.
         model.follow(engine.cosine_lr(step, run.total, 0, cfg.momentum, 1.0))
         for clips, _ in run.passes(batches):  # a single one
             with run.autocast():
                 queries, keys, features = run.net(clips)
-            # The keys of all processes are there to choose from.
+            # A query chooses among the keys of all processes. Its own is of the other view. The
+            # keys come without gradients: only queries learn.
             keys = gather(keys)
             run.backward(contrastive_loss(queries, keys, cfg.temperature))
         run.more = spread(keys, gather(features))  # for the log
