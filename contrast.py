@@ -262,8 +262,8 @@ def main(argv: list[str]) -> None:
     run = Run("contrast", name, cfg, model, optimizer, pairs, device)
     batches = make_loader(pairs, run.order, cfg.workers, device.type == "cuda")
     for step in run.steps():
-        # The momentum encoder follows ever more slowly, and in the end not at all. It does so before
-        # it makes keys (official code). So a checkpoint holds all that the next step needs.
+        # The momentum encoder follows ever more slowly, and in the end not at all. It does so
+        # before it makes keys (official code), so a checkpoint holds all that the next step needs.
         model.follow(engine.cosine_lr(step, run.total, 0, cfg.momentum, 1.0))
         for clips, _ in run.passes(batches):  # a single one
             with run.autocast():
