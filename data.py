@@ -36,8 +36,11 @@ TOY = "datasets/toy"  # the toy data set, unless told otherwise
 
 
 def fitting_stride(total: int, frames: int, stride: int) -> int:
-    """The largest stride up to `stride` at which `frames` frames fit into `total`, at least 1."""
-    return max(1, min(stride, (total - 1) // max(frames - 1, 1)))
+    """The largest stride up to `stride` at which `frames` frames fit into `total`, at least 1.
+
+    0 stays 0: the clip is one frame, held still.
+    """
+    return min(stride, max((total - 1) // max(frames - 1, 1), 1))
 
 
 def sample_clip(total: int, frames: int, stride: int) -> list[int]:
@@ -49,7 +52,7 @@ def sample_clip(total: int, frames: int, stride: int) -> list[int]:
     repeats its last frame. Draws from torch's global generator.
     """
     stride = fitting_stride(total, frames, stride)
-    start = int(torch.randint(max(total - frames * stride, 0) + 1, ()))
+    start = int(torch.randint(max(total - max(frames * stride, 1), 0) + 1, ()))
     return [min(start + i * stride, total - 1) for i in range(frames)]
 
 
@@ -75,8 +78,11 @@ def uniform_clip(total: int, frames: int, stride: int = 0) -> list[int]:
 def dense_views(total: int, frames: int, stride: int, clips: int) -> list[list[int]]:
     """Test clips, evenly spread (official code): `frames` in a row of 0, stride, 2*stride ...
 
-    A short video gets a smaller stride, as in sample_clip. No randomness.
+    A short video gets a smaller stride, as in sample_clip. No randomness. At stride 0, clip k is
+    the frame in the middle of part k of `clips` equal parts.
     """
+    if stride == 0:
+        return [[(2 * k + 1) * total // (2 * clips)] * frames for k in range(clips)]
     stride = fitting_stride(total, frames, stride)
     places = list(range(0, total, stride))
     places += [places[-1]] * (frames - len(places))
@@ -234,9 +240,10 @@ class Videos(Dataset):
     """Training clips of a split. The key is (index, seed): the seed decides all that is random.
 
     An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each
-    augmented on its own and cut at its own time, or with `same_time` all at one. A file that cannot
-    be read is left out and reported, {path: error}, and a random other one takes its place. After
-    10 unreadable ones in a row the clips are None.
+    augmented on its own and cut at its own time, or with `same_time` all at one. `transform` may be
+    a list, one for each of the R clips. A file that cannot be read is left out and reported,
+    {path: error}, and a random other one takes its place. After 10 unreadable ones in a row the
+    clips are None.
     """
 
     def __init__(
@@ -268,7 +275,10 @@ class Videos(Dataset):
                     index = int(torch.randint(len(self), ()))
                     continue
                 clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
-                clips = [self.transform(clip).as_subclass(Tensor) for clip in clips]
+                change = self.transform
+                changes = change if isinstance(change, list) else [change] * self.repeats
+                pairs = zip(changes, clips, strict=True)
+                clips = [change(clip).as_subclass(Tensor) for change, clip in pairs]
                 return torch.stack(clips), self.split.labels[index], unreadable
         return None, -1, unreadable
 

@@ -52,7 +52,7 @@ class ClipConfig(StageConfig):
     # model and clips
     init: str | None = opt(None, "weights, or none; None: runs/pretrain-PRESET/checkpoint.pt")
     frames: int | None = opt(None, "frames of a clip; None: as the weights", 1)
-    stride: int | None = opt(None, "video frames per clip frame; None: as the weights", 1)
+    stride: int | None = opt(None, "video frames per clip frame, 0: still; None: as the weights", 0)
     sampling: Literal[tuple(SAMPLING)] | None = opt(None, "of frames; None: as the weights, dense")
     resolution: int | None = opt(None, "height and width of a clip; None: as the weights", 1)
     size: Literal[tuple(SIZES)] | None = opt(None, "width and depth; None: as the weights")
@@ -148,7 +148,8 @@ def settle_clips(cfg: ClipConfig, preset: str, about: dict, source: str, trained
     config = {"eps": about["eps"]} if "eps" in about else {}
     config |= {key: chosen[key] for key in ("size", "cube", "positions")}
     config["video_size"] = (cfg.frames, side, side)
-    rule = f"stride {cfg.stride}" if cfg.sampling == "dense" else "uniform sampling"
+    rule = f"stride {cfg.stride}" if cfg.stride else "one frame held still"
+    rule = rule if cfg.sampling == "dense" else "uniform sampling"
     clips = f"clips of {cfg.frames} frames, {rule}, {side}x{side} pixels"
     return cfg, config, f"{clips}, cubes {by(cfg.cube)}, size {cfg.size}"
 

@@ -33,7 +33,7 @@ class Config(RunConfig):
     # A flag is opt(default, help, smallest value, largest value).
     # clips
     frames: int = opt(16, "frames of a clip", 1)
-    stride: int = opt(4, "frames of the video from one frame of a clip to the next", 1)
+    stride: int = opt(4, "frames of the video per frame of a clip; 0: one frame, held still", 0)
     resolution: int = opt(224, "height and width of a clip, pixels", 1)
     flip: bool = opt(False, "mirror half of the clips; not where left and right tell classes apart")
     repeats: int = opt(1, "clips per video; --batch, and so the learning rate, counts videos", 1)

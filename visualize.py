@@ -189,10 +189,11 @@ def draw_columns(columns: list[tuple[str, Tensor]], times: slice, out, dpi: int 
 
 
 def plot_log(folder: Path) -> None:
-    """Draw folder/loss.png from folder/log.jsonl: loss, learning rate and, if any, test top-1."""
+    """Draw folder/loss.png from folder/log.jsonl: loss, learning rate and others, if any."""
     gc.collect()  # the last figure: they refer to themselves, and each would keep megabytes
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    keys = [key for key in ("loss", "lr", "top1") if any(key in line for line in lines)]
+    known = ("loss", "lr", "top1", "alignment", "uniformity", "deviation", "features")
+    keys = [key for key in known if any(key in line for line in lines)]
     figure = Figure(figsize=(6, 2.3 * len(keys)), layout="constrained")
     axes = figure.subplots(len(keys), 1, sharex=True)
     for axis, key in zip(axes, keys, strict=True):

@@ -69,15 +69,17 @@ def fit_to_set(preset: str, cfg, videos: int):
 class Run:
     """One training in runs/NAME, from its start or, with --resume, from its checkpoint.
 
-    `stage` is "pretrain" or "finetune", `cfg` its hyper-parameters, `about` more for the
-    checkpoint, such as the names of classes. A stage uses order, total and warmup (in steps),
-    folder, log, and net: the model as the loop calls it.
+    `stage` is "pretrain", "finetune" or "contrast", `cfg` its hyper-parameters, `about` more for
+    the checkpoint, such as the names of classes. A stage uses order, total and warmup (in steps),
+    folder, log, and net: the model as the loop calls it. What it puts into `more`, {name: tensor},
+    stands in the next line of the log.
     """
 
     def __init__(self, stage, name, cfg, model, optimizer, videos, device, **about):
         self.stage, self.folder, self.cfg = stage, Path("runs") / name, cfg
         self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
-        self.unreadable, self.losses = {}, []  # losses: of the steps since the last line
+        self.unreadable, self.more = {}, {}
+        self.losses = []  # of the steps since the last line
         self.asked = self.stop = 0  # a signal: that this process got, that all of them act on
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -269,6 +271,7 @@ class Run:
                 )
         clips = len(losses) * self.cfg.batch * self.cfg.repeats
         values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
+        values |= {name: float(value) for name, value in self.more.items()}
         self.log.line(done, clips, **values, unreadable=len(self.unreadable))
 
     def close(self) -> None:

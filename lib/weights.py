@@ -79,7 +79,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     content = read_files(path)
     if "stage" in content:
-        return content["model"], about_ours(path, content)
+        state, about = content["model"], about_ours(path, content)
+        if content["stage"] == "contrast":  # its other parts are of use in its training alone
+            state = {name: x for name, x in state.items() if name.startswith("encoder.")}
+        return state, about
     parts = [part for part in PARTS if isinstance(content.get(part), dict)]
     found = content[parts[0]] if parts else content
     found = {str(name): x.float() for name, x in found.items() if isinstance(x, Tensor)}
@@ -180,7 +183,7 @@ def about_ours(path: Path, content: dict) -> dict:
     about |= {key: flags[key] for key in ("stride", "sampling") if key in flags}
     if content["stage"] == "pretrain":
         about["name"] = flags["model"]
-    else:
+    elif "classes" in config:
         about["classes"] = config["classes"]
     if content["step"] < content["steps"]:
         about["note"] = f"unfinished: step {content['step']} of {content['steps']}"
@@ -347,7 +350,7 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     if classifier and "classes" in about:
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:
-        raise ValueError(f"{path} has no decoder: take pre-trained weights to reconstruct videos")
+        raise ValueError(f"{path} has no decoder: take those of pretrain.py to reconstruct videos")
     more = ["classes"] if Model is Classifier else ["decoder_depth", "normalize", "loss"]
     keys = ["size", "video_size", "cube", "positions", "eps", *more]
     model = build(Model, {key: known[key] for key in keys if key in known})

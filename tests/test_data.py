@@ -72,6 +72,16 @@ def test_only_videos_shorter_than_the_clip_repeat_their_last_frame():
     assert center_clip(10, 4, 2) == [1, 3, 5, 7] and center_clip(2, 4, 2) == [0, 1, 1, 1]
 
 
+def test_clips_of_stride_0_are_one_frame():
+    torch.manual_seed(0)
+    clips = [sample_clip(9, 4, 0) for _ in range(900)]
+    assert all(len(clip) == 4 and len({*clip}) == 1 for clip in clips)
+    counts = np.bincount([clip[0] for clip in clips])
+    assert len(counts) == 9 and abs(counts - 100).max() < 45
+    assert center_clip(9, 4, 0) == [4] * 4 and dense_views(9, 2, 0, 3) == [[1, 1], [4, 4], [7, 7]]
+    assert dense_views(1, 2, 0, 3) == [[0, 0]] * 3 and sample_clip(1, 2, 0) == [0, 0]
+
+
 def test_test_views_are_the_official_ones():
     assert [view[0] for view in dense_views(300, 16, 4, 5)] == [0, 56, 116, 176, 236]
     assert all(np.diff(view).tolist() == [4] * 15 for view in dense_views(300, 16, 4, 5))

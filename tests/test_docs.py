@@ -208,7 +208,7 @@ def flags_of(script):
     return set(re.findall(r"\"(--[a-z-]+)\"", source)) | {"--help"}
 
 
-SCRIPTS = ["pretrain.py", "finetune.py", "linprobe.py", "visualize.py", "data.py"]
+SCRIPTS = ["pretrain.py", "contrast.py", "finetune.py", "linprobe.py", "visualize.py", "data.py"]
 SCRIPTS += ["experiments/run.py", "lib/export.py", "tests/benchmark.py", "tests/gpu.py"]
 MODULES = {"-m experiments.run": "experiments/run.py", "-m lib.weights": "lib/export.py"}
 
@@ -250,7 +250,9 @@ def test_values():
         assert set(re.findall(r"--mask (\w+)", text)) <= {*MASKS} | changed
         for target in re.findall(r"(?:^    |`)make (\w+)", text, re.M):
             assert re.search(rf"^{target}:", make, re.M), target
-        for stage, preset in re.findall(r"(pretrain|finetune|linprobe)\.py ([a-z][\w-]*)", text):
+        for stage, preset in re.findall(
+            r"(pretrain|contrast|finetune|linprobe)\.py ([a-z][\w-]*)", text
+        ):
             if preset not in ("and", "names", "to"):
                 assert preset in importlib.import_module(stage).PRESETS, preset
 
@@ -265,11 +267,12 @@ def rows_of(stage):
             yield preset, dict(zip(head, cells, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "contrast", "finetune"])
 def test_recipes(stage):
     """The tables have all presets, and their numbers."""
     module, seen = importlib.import_module(stage), []
-    for preset, row in rows_of(dict(pretrain="Pre-training", finetune="Fine-tuning")[stage]):
+    names = dict(pretrain="Pre-training", contrast="Contrastive", finetune="Fine-tuning")
+    for preset, row in rows_of(names[stage]):
         cfg = module.Config(**module.PRESETS[preset])
         seen.append(preset)
         length = f"{cfg.steps:,} steps" if cfg.epochs is None else str(cfg.epochs)
@@ -277,12 +280,15 @@ def test_recipes(stage):
         assert int(row["batch"].split(",")[0]) == cfg.batch, preset
         assert float(row["base lr"]) == cfg.base_lr, preset
         assert row["mirror"] == ("yes" if cfg.flip else "no"), preset
+        if stage == "contrast":
+            assert row["smallest crop"] == f"{100 * cfg.smallest:.0f} %", preset
         if stage == "pretrain":
             assert row["mask"] == f"{cfg.mask} {cfg.ratio:.0%}".replace("%", " %"), preset
+            assert ("2 clips" in row["batch"]) == (cfg.repeats == 2), preset
+        if stage != "finetune":
             assert int(row["stride"]) == cfg.stride, preset
             assert row["model"].startswith(cfg.size), preset
             assert row["model"].endswith(f"{cfg.frames}x{cfg.resolution}x{cfg.resolution}"), preset
-            assert ("2 clips" in row["batch"]) == (cfg.repeats == 2), preset
         else:
             assert f"{cfg.clips}x{cfg.crops}" in row["test views"].split(", "), preset
             for name in ("layer decay", "drop path", "head dropout"):

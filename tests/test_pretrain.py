@@ -199,7 +199,7 @@ def test_presets_hold_the_published_recipes():
         ("toy --data TOY --cube 2 8", "cubes of (2, 8)"),
         ("toy --data TOY --ratio nan", "ratio nan"),
         ("toy --data TOY --ratio 1", "ratio 1.0"),
-        ("toy --data TOY --stride 0", "at least 1"),
+        ("toy --data TOY --stride -1", "at least 0"),
         ("toy --data TOY --workers -1", "at least 0"),
         ("toy --data nowhere", "nowhere"),
         ("toy --data empty", "no videos"),
