@@ -344,7 +344,7 @@ def main(argv: list[str]) -> None:
     preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
     run_name, device = cfg.name or f"detect-{preset}", engine.setup(cfg.device)
     folder = Path("runs", run_name)
-    if cfg.data == TOY_FILMS:
+    if cfg.data == TOY_FILMS and not cfg.predict:
         engine.in_first_process(make_toy_films, TOY_FILMS)
     data = None if cfg.predict else ava.read(cfg)
 
