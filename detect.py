@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as VF
 
 import visualize
 from data import TOY_FILMS, Videos, make_loader
-from finetune import ModelConfig, make_classifier, param_groups
+from finetune import ModelConfig, make_classifier, make_optimizer
 from lib import ava, engine, evaluate, speed
 from lib.engine import opt
 from lib.evaluate import each_video, stamp
@@ -350,14 +350,13 @@ def main(argv: list[str]) -> None:
 
     # The encoder of the weights, and a new head; to evaluate or predict, a trained one.
     names = data and data.classes
-    cfg, model, classes = make_classifier(cfg, preset, folder, names, Detector)
-    speed.place(model, device)
-    if cfg.predict:
-        return predict(model, classes, cfg, folder, device)
-    if len(classes) != cfg.actions:
+    cfg, detector, classes = make_classifier(cfg, preset, folder, names, Detector)
+    speed.place(detector, device)
+    if data and len(classes) != cfg.actions:
         raise ValueError(f"{cfg.init} knows {len(classes)} actions: --actions {len(classes)}")
-    if cfg.eval_only:
-        return score_test(model, data, cfg, folder, device)
+    if cfg.predict or cfg.eval_only:
+        work, about = (predict, classes) if cfg.predict else (score_test, data)
+        return work(detector, about, cfg, folder, device)
 
     if cfg.resolution > cfg.short_side:
         raise ValueError(
@@ -367,9 +366,8 @@ def main(argv: list[str]) -> None:
     cfg = fit_to_set(preset, cfg, len(seconds))
     count = sum(map(len, data.train.values()))
     Run.say(f"a video is an annotated second here: {len(seconds)} of them, with {count} persons")
-    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    run = Run("detect", run_name, cfg, model, optimizer, seconds, device, classes=classes)
+    optimizer = make_optimizer(detector, cfg)
+    run = Run("detect", run_name, cfg, detector, optimizer, seconds, device, classes=classes)
     ends = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
     batches = make_loader(seconds, run.order, cfg.workers, device.type == "cuda", collate)
     for step in run.steps():
@@ -387,7 +385,7 @@ def main(argv: list[str]) -> None:
         if run.update(lr):
             visualize.plot_log(run.folder)
     run.close()
-    score_test(model, data, cfg, folder, device)
+    score_test(detector, data, cfg, folder, device)
 
 
 if __name__ == "__main__":

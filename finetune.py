@@ -298,6 +298,13 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     return groups
 
 
+def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
+    """AdamW with the groups of param_groups (Table 10)."""
+    # Layers near the input have learned in pre-training what is general: they change least.
+    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
 # ------------------------------------------------------------------------------------- evaluation
 
 
@@ -338,9 +345,7 @@ def main(argv: list[str]) -> None:
     labelled = Videos(train, rule, augment, cfg.repeats, same_time=True)
     cfg = fit_to_set(preset, cfg, len(labelled))
 
-    # Layers near the input have learned in pre-training what is general: they change least.
-    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    optimizer = make_optimizer(model, cfg)
     run = Run("finetune", name, cfg, model, optimizer, labelled, device, classes=classes)
     peak, last = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
     loader = make_loader(labelled, run.order, cfg.workers, device.type == "cuda")

@@ -34,7 +34,7 @@ ONE_FRAME_PER_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9
 
 # How many frames a file shows, of files that must be decoded to know: (path, bytes, time) -> count.
 _counts: dict[tuple[str, int, int], int] = {}
-# Tables of long files that must be read whole to know: as above -> stamps, keys, first of _Groups.
+# Tables of long films, which take longer to read than a clip: as above -> those of _Groups.
 _tables: dict[tuple[str, int, int], tuple] = {}
 LONG = 3000  # frames
 
@@ -241,30 +241,30 @@ class _Groups:
 
     def __init__(self, container, stream, stamp: str):
         self.container, self.stream, self.stamp, self.sure = container, stream, stamp, False
-        if stamp == "dts":  # an MP4 file has a table of all packets
-            self._fill((entry.timestamp, entry.timestamp, entry) for entry in stream.index_entries)
-        # Fragmented ones have more packets than the table that is read first.
-        if not self.sure or not self.read(len(self.keys) - 2):
-            self._read_all()
+        file = _identity(container.name.removeprefix("file:"))
+        if file in _tables:
+            self.stamps, self.keys, self.first = _tables[file]
+            self.sure = True
+        else:
+            self._read_table()
+        if self.sure and len(self.stamps) > LONG:
+            self.stamps = array("q", self.stamps)  # 8 bytes each
+            _tables[file] = self.stamps, self.keys, self.first
         self.near = {0: self.read(0) if self.sure else []}
         # Frames before the first key frame cannot be decoded and are not shown.
         times = [packet.pts for packet in self.near[0]]
         self.sure = bool(times) and None not in times and times[0] == min(times)
 
-    def _read_all(self) -> None:
-        """Make the table from all packets. That of a long film is kept for its next clips."""
-        file = _identity(self.container.name.removeprefix("file:"))
-        if file in _tables:
-            self.stamps, self.keys, self.first = _tables[file]
-            self.sure = True
-            return
-        if self.sure:  # go back
-            self.container.seek(self.stamps[0], stream=self.stream)
-        packets = _packets(self.container, self.stream)  # all are read once, none is kept
-        self._fill((getattr(packet, self.stamp), packet.dts, packet) for packet in packets)
-        if self.sure and len(self.stamps) > LONG:
-            self.stamps = array("q", self.stamps)  # 8 bytes each
-            _tables[file] = self.stamps, self.keys, self.first
+    def _read_table(self) -> None:
+        stream, stamp = self.stream, self.stamp
+        if stamp == "dts":  # an MP4 file has a table of all packets
+            self._fill((entry.timestamp, entry.timestamp, entry) for entry in stream.index_entries)
+        # Fragmented ones have more packets than the table that is read first.
+        if not self.sure or not self.read(len(self.keys) - 2):
+            if self.sure:  # go back
+                self.container.seek(self.stamps[0], stream=stream)
+            packets = _packets(self.container, stream)  # all are read once, none is kept
+            self._fill((getattr(packet, stamp), packet.dts, packet) for packet in packets)
 
     def _fill(self, rows) -> None:
         self.stamps, self.keys, self.first, total, order = [], [], [], 0, []

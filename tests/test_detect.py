@@ -382,8 +382,9 @@ def test_in_a_toy_film_waves_move_within_boxes_and_all_else_is_noise():
             assert min(x2 - x1, y2 - y1) >= 30 and not inside[y1:y2, x1:x2].any()
             inside[y1:y2, x1:x2] = True
             waves = film[:, y1:y2, x1:x2].astype(float)
-            smooth = np.lib.stride_tricks.sliding_window_view(waves.mean(axis=3), (8, 8), (1, 2))
-            assert smooth.mean(axis=(3, 4)).std(axis=0).mean() > 5, action  # they move
+            # The mean over 3 x 3 pixels leaves a third of the noise.
+            smooth = waves[:, :24, :24].reshape(36, 8, 3, 8, 3, 3).mean(axis=(2, 4))
+            assert smooth.std(axis=0).mean(axis=(0, 1)).max() > 18, action  # they move
         assert len(things) in (2, 3) and lasting[~inside].std() < 6
 
 

@@ -208,7 +208,7 @@ def flags_of(script):
     return set(re.findall(r"\"(--[a-z-]+)\"", source)) | {"--help"}
 
 
-SCRIPTS = ["pretrain.py", "finetune.py", "linprobe.py", "visualize.py", "data.py"]
+SCRIPTS = ["pretrain.py", "finetune.py", "linprobe.py", "detect.py", "visualize.py", "data.py"]
 SCRIPTS += ["experiments/run.py", "lib/export.py", "tests/benchmark.py", "tests/gpu.py"]
 MODULES = {"-m experiments.run": "experiments/run.py", "-m lib.weights": "lib/export.py"}
 
@@ -250,7 +250,9 @@ def test_values():
         assert set(re.findall(r"--mask (\w+)", text)) <= {*MASKS} | changed
         for target in re.findall(r"(?:^    |`)make (\w+)", text, re.M):
             assert re.search(rf"^{target}:", make, re.M), target
-        for stage, preset in re.findall(r"(pretrain|finetune|linprobe)\.py ([a-z][\w-]*)", text):
+        for stage, preset in re.findall(
+            r"(pretrain|finetune|linprobe|detect)\.py ([a-z][\w-]*)", text
+        ):
             if preset not in ("and", "names", "to"):
                 assert preset in importlib.import_module(stage).PRESETS, preset
 
@@ -265,11 +267,14 @@ def rows_of(stage):
             yield preset, dict(zip(head, cells, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+STAGES = dict(pretrain="Pre-training", finetune="Fine-tuning", detect="Action detection")
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_recipes(stage):
     """The tables have all presets, and their numbers."""
     module, seen = importlib.import_module(stage), []
-    for preset, row in rows_of(dict(pretrain="Pre-training", finetune="Fine-tuning")[stage]):
+    for preset, row in rows_of(STAGES[stage]):
         cfg = module.Config(**module.PRESETS[preset])
         seen.append(preset)
         length = f"{cfg.steps:,} steps" if cfg.epochs is None else str(cfg.epochs)
@@ -283,10 +288,13 @@ def test_recipes(stage):
             assert row["model"].startswith(cfg.size), preset
             assert row["model"].endswith(f"{cfg.frames}x{cfg.resolution}x{cfg.resolution}"), preset
             assert ("2 clips" in row["batch"]) == (cfg.repeats == 2), preset
-        else:
+            continue
+        if stage == "finetune":
             assert f"{cfg.clips}x{cfg.crops}" in row["test views"].split(", "), preset
-            for name in ("layer decay", "drop path", "head dropout"):
-                assert float(row[name]) == getattr(cfg, name.replace(" ", "_")), preset
+        else:
+            assert row["model"].startswith(cfg.size or "that of the weights"), preset
+        for name in {"layer decay", "drop path", "head dropout"} & row.keys():
+            assert float(row[name]) == getattr(cfg, name.replace(" ", "_")), preset
     assert sorted(seen) == sorted(module.PRESETS)
 
 
