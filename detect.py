@@ -365,7 +365,10 @@ def main(argv: list[str]) -> None:
     seconds = Seconds(data, cfg)
     cfg = fit_to_set(preset, cfg, len(seconds))
     count = sum(map(len, data.train.values()))
-    Run.say(f"a video is an annotated second here: {len(seconds)} of them, with {count} persons")
+    Run.say(
+        f"a video is an annotated second here: {len(seconds)} of them, with {count} persons; "
+        f"files begin at second {cfg.begin:g} (--begin)"
+    )
     optimizer = make_optimizer(detector, cfg)
     run = Run("detect", run_name, cfg, detector, optimizer, seconds, device, classes=classes)
     ends = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256

@@ -30,9 +30,13 @@ BOXES = "ava_detection_val_boxes_and_labels.csv"  # of a person detector
 
 @dataclass
 class Annotations:
-    """AVA, read: {number: name} of the evaluated actions, all `classes` by number, where films are,
+    """What AVA's files say. Frames that are not evaluated are in neither `test` nor `found`.
 
-    persons of the training and the test part, and detected boxes of the test part, see lib/py.
+    names    {number from 1: name} of the actions that are evaluated
+    classes  names of all actions, in the order of their numbers
+    films    {video: file}
+    train    {frame: {box: actions}} of the training part; test: of the test part
+    found    {frame: {box: score}}, detected in the test part
     """
 
     names: dict[int, str]
@@ -79,8 +83,9 @@ def read_actions(path: Path, count: int) -> dict[int, str]:
     if not items or None in names or None in numbers:
         raise ValueError(f'{path} must hold items such as: item {{ name: "walk" id: 14 }}')
     found = {int(n[1]): name[1] for n, name in zip(numbers, names, strict=True)}
-    if len(found) < len(items) or min(found) < 1 or max(found) > count:
-        raise ValueError(f"{path}: numbers must be unique, from 1 to {count} (--actions)")
+    unique = len(found) == len({*found.values()}) == len(items)
+    if not unique or min(found) < 1 or max(found) > count:
+        raise ValueError(f"{path}: numbers (1 to {count}, see --actions) and names must be unique")
     return found
 
 

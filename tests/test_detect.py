@@ -175,8 +175,13 @@ TRUTH, FOUND = (lambda p: ava.read_truth(p, 80)), (lambda p: ava.read_boxes(p, 0
         (FOUND, "v,1,0,0,1,1,,", "a score from 0 to 1"),
         (ava.read_excluded, "v;1", "must read `video,second`"),
         (lambda p: ava.read_actions(p, 80), "nothing", "must hold items"),
-        (lambda p: ava.read_actions(p, 1), 'item { name: "a" id: 2 }', "from 1 to 1"),
+        (lambda p: ava.read_actions(p, 1), 'item { name: "a" id: 2 }', "1 to 1, see --actions"),
         (lambda p: ava.read_actions(p, 9), 'item { name: "a" id: 2 }' * 2, "unique"),
+        (
+            lambda p: ava.read_actions(p, 9),
+            'item { name: "a" id: 2 } item { name: "a" id: 3 }',
+            "unique",
+        ),
         (lambda p: TRUTH(Path("gone.csv")), "", "no file gone.csv"),
     ],
 )
@@ -569,7 +574,7 @@ def test_a_film_is_predicted_and_drawn(here, tmp_path, capsys):
         ("--init none --eval-only", "none has no trained head"),
         ("--resolution 96", "--short-side 80 is less than --resolution 96"),
         ("--resolution 60", "60"),
-        ("--actions 3", "must be unique, from 1 to 3"),
+        ("--actions 3", "1 to 3, see --actions.* must be unique"),
         ("--actions 13 --eval-only --init runs/detect-toy/checkpoint.pt", "--actions 12"),
         ("--fold 2", "no --fold"),
         ("--begin 900 --eval-only --init runs/detect-toy/checkpoint.pt", "no second 1, it has"),
