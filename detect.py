@@ -211,7 +211,7 @@ class Seconds(Videos):
     def augment(self, index: int, frames: Tensor) -> tuple[Tensor, Tensor]:
         persons = self.truth[self.frames[index]]
         clip, boxes = self.transform(tv_tensors.Video(frames), in_pixels(persons, frames))
-        boxes = VF.clamp_bounding_boxes(boxes).as_subclass(Tensor)
+        boxes = boxes.as_subclass(Tensor)  # RandomCrop has cut them at its edges
         does = torch.zeros(len(boxes), self.cfg.actions)
         for row, actions in zip(does, persons.values(), strict=True):
             row[[action - 1 for action in actions]] = 1
