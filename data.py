@@ -1,6 +1,7 @@
 """Videos on disk -> batches of uint8 clips.
 
     python data.py toy                        # write the toy data set to datasets/toy
+    python data.py toy --detect               # toy films for detect.py, to datasets/toy-films
     python data.py check ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist
     python data.py check own --data FOLDER --splits LIST        # or the folder alone
     python data.py prepare ucf101 --data ~/UCF-101 --splits ~/ucfTrainTestlist --out ~/UCF-101-fast
@@ -30,6 +31,7 @@ from lib.lists import read_split as read_split  # for the stages
 from lib.video import read_frames
 
 TOY = "datasets/toy"  # the toy data set, unless told otherwise
+TOY_FILMS = "datasets/toy-films"  # that of detect.py
 
 
 # -------------------------------------------------------------------------- frame index rules
@@ -267,20 +269,27 @@ class Videos(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone
             for _ in range(10):
-                path = self.split.paths[index]
                 try:
-                    frames = read_frames(path, self.pick)
+                    frames = self.read(index)
                 except ValueError as error:
-                    unreadable[str(path)] = str(error)
+                    unreadable[str(self.split.paths[index])] = str(error)
                     index = int(torch.randint(len(self), ()))
                     continue
-                clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
-                change = self.transform
-                changes = change if isinstance(change, list) else [change] * self.repeats
-                pairs = zip(changes, clips, strict=True)
-                clips = [change(clip).as_subclass(Tensor) for change, clip in pairs]
-                return torch.stack(clips), self.split.labels[index], unreadable
+                return *self.augment(index, frames), unreadable
         return None, -1, unreadable
+
+    def read(self, index: int) -> Tensor:
+        """The frames of video `index` (R * T, C, H, W). ValueError where it cannot be read."""
+        return read_frames(self.split.paths[index], self.pick)
+
+    def augment(self, index: int, frames: Tensor) -> tuple[Tensor, int]:
+        """Frames of video `index` -> clips (R, T, C, H, W), label."""
+        clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
+        change = self.transform
+        changes = change if isinstance(change, list) else [change] * self.repeats
+        pairs = zip(changes, clips, strict=True)
+        clips = [change(clip).as_subclass(Tensor) for change, clip in pairs]
+        return torch.stack(clips), self.split.labels[index]
 
 
 class Views(Dataset):

@@ -38,7 +38,20 @@ from model import SIZES, Classifier, to_float
 
 
 @dataclass
-class ClipConfig(StageConfig):
+class ModelConfig(StageConfig):
+    """Flags about weights and what their model is fed, of all stages that start from weights."""
+
+    init: str | None = opt(None, "weights, or none; None: runs/pretrain-PRESET/checkpoint.pt")
+    frames: int | None = opt(None, "frames of a clip; None: as the weights", 1)
+    stride: int | None = opt(None, "video frames per clip frame, 0: still; None: as the weights", 0)
+    resolution: int | None = opt(None, "height and width of a clip; None: as the weights", 1)
+    size: Literal[tuple(SIZES)] | None = opt(None, "width and depth; None: as the weights")
+    cube: tuple[int, ...] | None = opt(None, "frames, rows, columns; None: as the weights")
+    positions: Literal["1d", "3d"] | None = opt(None, "position embeddings; None: as the weights")
+
+
+@dataclass
+class ClipConfig(ModelConfig):
     """Flags about labelled videos and their clips, of this stage and of linprobe.py."""
 
     test_data: str | None = opt(None, "folder of the test videos; None: as --data")
@@ -49,15 +62,7 @@ class ClipConfig(StageConfig):
     crops: int = opt(3, "test crops per clip", 1)
     augment: Literal["official", "torchvision"] = opt("torchvision", "RandAugment and resampling")
     every: float | None = opt(None, "seconds of a film per prediction or feature; None: all", 0)
-    # model and clips
-    init: str | None = opt(None, "weights, or none; None: runs/pretrain-PRESET/checkpoint.pt")
-    frames: int | None = opt(None, "frames of a clip; None: as the weights", 1)
-    stride: int | None = opt(None, "video frames per clip frame, 0: still; None: as the weights", 0)
     sampling: Literal[tuple(SAMPLING)] | None = opt(None, "of frames; None: as the weights, dense")
-    resolution: int | None = opt(None, "height and width of a clip; None: as the weights", 1)
-    size: Literal[tuple(SIZES)] | None = opt(None, "width and depth; None: as the weights")
-    cube: tuple[int, ...] | None = opt(None, "frames, rows, columns; None: as the weights")
-    positions: Literal["1d", "3d"] | None = opt(None, "position embeddings; None: as the weights")
 
 
 @dataclass
@@ -126,39 +131,44 @@ UNTRAINED = {"toy": TOY_CLIPS} | dict.fromkeys(["ucf101-short", "hmdb51-short"],
 # ------------------------------------------------------------------------------ weights and data
 
 
-def settle_clips(cfg: ClipConfig, preset: str, about: dict, source: str, trained: bool = False):
+def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, trained: bool = False):
     """(flags with model and clips filled in, arguments of build, a line on what the model gets).
 
     A flag or preset comes before the weights (`about` of read_weights, from `source`), these before
     USUAL. With `trained`, the weights come first: a classifier is tested on clips like those it was
     trained on. ValueError where a flag asks for another model than the weights are of.
     """
-    weights = {key: about[key] for key in USUAL if key in about}
+    keys = [key for key in USUAL if hasattr(cfg, key)]  # detect.py has no choice of sampling
+    weights = {key: about[key] for key in keys if key in about}
     if "cube" in about:
         weights["cube"] = tuple(about["cube"])
     if "video_size" in about:
         weights["frames"], weights["resolution"], _ = about["video_size"]
-    flags = {key: getattr(cfg, key) for key in USUAL if getattr(cfg, key) is not None}
+    flags = {key: getattr(cfg, key) for key in keys if getattr(cfg, key) is not None}
     for key in {"size", "cube", "positions"} & weights.keys() & flags.keys():
         if weights[key] != flags[key]:
             raise ValueError(f"--{key} {flags[key]}, but {source} has {weights[key]}: leave it out")
     usual = USUAL if about else USUAL | UNTRAINED.get(preset, {})
     chosen = usual | flags | weights if trained else usual | weights | flags
+    chosen = {key: chosen[key] for key in keys}
     cfg, side = replace(cfg, init=source, **chosen), chosen["resolution"]
     config = {"eps": about["eps"]} if "eps" in about else {}
     config |= {key: chosen[key] for key in ("size", "cube", "positions")}
     config["video_size"] = (cfg.frames, side, side)
     rule = f"stride {cfg.stride}" if cfg.stride else "one frame held still"
-    rule = rule if cfg.sampling == "dense" else "uniform sampling"
+    if chosen.get("sampling") == "uniform":
+        rule = "uniform sampling"
     clips = f"clips of {cfg.frames} frames, {rule}, {side}x{side} pixels"
     return cfg, config, f"{clips}, cubes {by(cfg.cube)}, size {cfg.size}"
 
 
-def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] | None):
+def make_classifier(
+    cfg: Config, preset: str, folder: Path, classes: list[str] | None, Model=Classifier
+):  # fmt: skip
     """(settled flags, Classifier, names of its classes) for training, evaluation or prediction.
 
-    `classes`: those to train. Prints what was loaded. ValueError where a trained head is needed,
-    and the weights have none.
+    `classes`: those to train. `Model` may be detect.py's. Prints what was loaded. ValueError where
+    a trained head is needed, and the weights have none.
     """
     own, trained = folder / "checkpoint.pt", cfg.eval_only or bool(cfg.predict)
     path = cfg.init or str(own if trained else f"runs/pretrain-{preset}/checkpoint.pt")
@@ -167,12 +177,12 @@ def make_classifier(cfg: Config, preset: str, folder: Path, classes: list[str] |
     state, about = ({}, {}) if path == "none" else read_weights(path)
     cfg, config, line = settle_clips(cfg, preset, about, path, trained)
     if trained:
-        classes = about.get("classes", [])
-        if not {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} <= {*state}:
+        classes, norm = about.get("classes", []), getattr(Model, "last_norm", "fc_norm")
+        if not {f"{norm}.weight", f"{norm}.bias", "head.weight", "head.bias"} <= {*state}:
             raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
     config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}
     torch.manual_seed(cfg.seed)
-    model = build(Classifier, config | dict(classes=len(classes)))
+    model = build(Model, config | dict(classes=len(classes)))
     report = load_weights(model, state, about, 1.0 if trained else cfg.least)
     Run.say(f"{path}: {report}\n{line}")
     return cfg, model, classes
@@ -273,19 +283,27 @@ def mix(clips: Tensor, labels: Tensor, classes: int, cfg: Config) -> tuple[Tenso
     return mixed.as_subclass(Tensor), targets
 
 
-def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """AdamW's groups as in the official code: no weight decay for vectors (biases, LayerNorms).
 
-    The learning rate is multiplied by the group's `scale`: 1 for head and fc_norm, layer_decay for
-    the last block, its square for the one before, and so on down to the cube embedding.
+    The learning rate is multiplied by the group's `scale`: 1 for head and last norm, layer_decay
+    for the last block, its square for the one before, and so on down to the cube embedding.
     """
-    head = nn.ModuleList([model.fc_norm, model.head])
+    norm = model.get_submodule(getattr(model, "last_norm", "fc_norm"))
+    head = nn.ModuleList([norm, model.head])
     layers, groups = [model.encoder.patch_embed, *model.encoder.blocks, head], []
     for depth, layer in enumerate(reversed(layers)):
         for ndim, decay in ((1, 0.0), (2, weight_decay)):
             params = [p for p in layer.parameters() if p.ndim == ndim]
             groups.append(dict(params=params, weight_decay=decay, scale=layer_decay**depth))
     return groups
+
+
+def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
+    """AdamW with the groups of param_groups (Table 10)."""
+    # Layers near the input have learned in pre-training what is general: they change least.
+    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -328,9 +346,7 @@ def main(argv: list[str]) -> None:
     labelled = Videos(train, rule, augment, cfg.repeats, same_time=True)
     cfg = fit_to_set(preset, cfg, len(labelled))
 
-    # Layers near the input have learned in pre-training what is general: they change least.
-    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    optimizer = make_optimizer(model, cfg)
     run = Run("finetune", name, cfg, model, optimizer, labelled, device, classes=classes)
     peak, last = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
     loader = make_loader(labelled, run.order, cfg.workers, device.type == "cuda")

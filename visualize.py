@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -284,6 +285,38 @@ def plot_confusion(table: str | Path, out: str | Path) -> None:
     axis.set_title(summary(rows), fontsize=8)
     figure.colorbar(image, label="share of the true class", shrink=0.5, fraction=0.04)
     figure.savefig(out, dpi=150)
+
+
+def draw_boxes(pictures: list[tuple], out: Path) -> None:
+    """Draw pictures (title, image (C, H, W) uint8, boxes (M, 4) in shares of its sides, M texts).
+
+    OUT.gif has all of them, a second each, OUT.png up to eight.
+    """
+    few, images = pictures[:: -(-len(pictures) // 8)], []
+    rows = -(-len(few) // 4)
+    for part, file in [(few, f"{out}.png"), *(([picture], io.BytesIO()) for picture in pictures)]:
+        across, down = (1, 1) if len(part) == 1 else (min(len(part), 4), rows)
+        figure = Figure(figsize=(4 * across, 3.4 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).flat
+        for axis, picture in itertools.zip_longest(axes, part):
+            axis.axis("off")
+            if picture is None:
+                continue
+            title, image, boxes, texts = picture
+            height, width = image.shape[1:]
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set_title(title, fontsize=8)
+            for number, (box, text) in enumerate(zip(boxes, texts, strict=True)):
+                x, y, right, bottom = box * [width, height, width, height]
+                how = dict(fill=False, edgecolor=f"C{number % 10}", linewidth=1.5)
+                axis.add_patch(Rectangle((x, y), right - x, bottom - y, **how))
+                back = dict(facecolor=f"C{number % 10}", alpha=0.8, pad=1, linewidth=0)
+                how = dict(color="white", fontsize=7, va="top", bbox=back, parse_math=False)
+                axis.text(x, y, text, **how)
+        figure.savefig(file, dpi=100, format="png")
+        if isinstance(file, io.BytesIO):
+            images.append(Image.open(file).convert("RGB"))
+    images[0].save(f"{out}.gif", save_all=True, append_images=images[1:], duration=1000, loop=0)
 
 
 def summary(rows: list[dict]) -> str:

@@ -139,17 +139,24 @@ def stamp(path: str | Path) -> str:
 VIEWS = "frames stride sampling resolution clips crops augment".split()
 
 
+def softmax_or_mean(out: Tensor) -> Tensor:
+    """A classifier's softmax (K, classes), or the mean of an encoder's tokens (K, D)."""
+    return out.softmax(dim=1) if out.ndim == 2 else out.mean(dim=1)
+
+
 @torch.no_grad()
-def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None = None):
+def each_video(
+    model: nn.Module, views: Dataset, cfg, device, path: Path | None = None, score=softmax_or_mean
+):  # fmt: skip
     """({index: output on the CPU}, {index: error}) for views (K, T, C, H, W) uint8, or an error.
 
-    The output is a classifier's softmax (K, classes), or the mean of an encoder's tokens (K, D).
+    An item may also be a tuple: the arguments of the model. `score` is applied to its result.
     Outputs are kept in the file `path`, and taken from there where weights, flags and the item's
     key are the same. It is written at the end, also after Ctrl-C, and every ten minutes. Processes
     share the work, and all get all outputs. The model stays in evaluation mode.
     """
     dtype, kept, errors, saved = engine.precision_dtype(cfg.precision, device), {}, {}, time.time()
-    about = f"{[getattr(cfg, key) for key in VIEWS]} {dtype} {device}"
+    about = f"{[getattr(cfg, key, None) for key in VIEWS]} {dtype} {device}"
     if path:
         digest = hashlib.sha256()
         for tensor in model.state_dict().values():
@@ -170,14 +177,14 @@ def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None 
     model.eval()
     try:
         items = engine.progress("videos", len(todo), loader, leave=False)
-        for index, clips in zip(todo, items, strict=True):
-            if isinstance(clips, str):
-                errors[index] = clips
+        for index, item in zip(todo, items, strict=True):
+            if isinstance(item, str):
+                errors[index] = item
                 continue
+            inputs = item if isinstance(item, tuple) else (item,)
             with engine.autocast(device, dtype):
-                out = model(clips.to(device, non_blocking=True)).float()
-            out = out.softmax(dim=1) if out.ndim == 2 else out.mean(dim=1)
-            kept[views.keys[index]] = out.cpu()
+                out = model(*(x.to(device, non_blocking=True) for x in inputs)).float()
+            kept[views.keys[index]] = score(out).cpu()
             if time.time() > saved + 600:
                 save()
                 saved = time.time()
@@ -197,11 +204,16 @@ def each_video(model: nn.Module, views: Dataset, cfg, device, path: Path | None 
 
 def whole(results: dict, errors: dict, then: str) -> Tensor:
     """The results of all videos. ValueError if some are missing; `then` they will be made."""
+    none_wrong(errors, then)
+    return torch.stack([*results.values()])
+
+
+def none_wrong(errors: dict[int, str], then: str) -> None:
+    """ValueError where results are missing; `then` they will be made."""
     if errors:
-        names = "; ".join(errors.values())
+        names = "; ".join(dict.fromkeys(errors.values()))
         advice = f"the others' results are kept: mend the list or the files, {then}"
         raise ValueError(f"{len(errors)} videos cannot be read: {names} ({advice})")
-    return torch.stack([*results.values()])
 
 
 def accuracies(scores: Tensor, labels: list[int]) -> dict[str, float]:

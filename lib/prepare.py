@@ -10,20 +10,19 @@ import os
 import shlex
 import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import av
 
-from data import TOY, fitting_stride
+from data import TOY, TOY_FILMS, fitting_stride
 from lib import engine
 from lib.annotations import brief, list_lines
 from lib.lists import LISTS, Split, check_kind, listed, nearly, read_split, video_files
 from lib.processes import in_processes
 from lib.toy import MOTIONS as MOTIONS
-from lib.toy import make_toy
-from lib.video import Probe, played, shown, upright
-
-LONG = 3000  # frames; decoding them takes seconds
+from lib.toy import make_toy, make_toy_films
+from lib.video import LONG, Probe, played, shown, upright
 
 
 def training_videos(
@@ -189,7 +188,10 @@ def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
                     # Of 30 settings of x264, MPEG-4 and MJPEG the fastest to sample at about 38 dB:
                     # a key frame every 12 frames, fixed quantiser 4.
                     options = {"g": "12", "qmin": "4", "qmax": "4"}
-                    rate = round(min(max(found.rate, 1), 240))
+                    # As it was, such as 24000/1001: seconds stay where they are. MPEG-4 knows
+                    # denominators and numerators up to 65535.
+                    rate = min(max(found.rate, 1), 240)
+                    rate = Fraction(rate).limit_denominator(int(65535 / rate))
                     stream = container.add_stream("mpeg4", rate=rate, options=options)
                     stream.codec_context.thread_count = 1
                     stream.height, stream.width = image.shape[:2]
@@ -254,12 +256,18 @@ def prepare(
     return int(bool(broken))
 
 
+def write_toy(detect: bool) -> None:
+    """The toy videos, or with `detect` the toy films, where they are looked for."""
+    make_toy_films(TOY_FILMS) if detect else make_toy(TOY)
+
+
 def main(argv: list[str]) -> None:
     """`data.py toy|check|prepare`: see the docstring of data.py."""
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(required=True)
     toy = commands.add_parser("toy", help=f"write the toy data set to {TOY}")
-    toy.set_defaults(work=lambda: make_toy(TOY))
+    toy.add_argument("--detect", action="store_true", help=f"instead, films in {TOY_FILMS}")
+    toy.set_defaults(work=write_toy)
     test = commands.add_parser("check", help="decode all videos once, name what is broken")
     test.set_defaults(work=check)
     new = commands.add_parser("prepare", help="rewrite all videos, so that clips are read faster")

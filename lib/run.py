@@ -25,7 +25,8 @@ from lib.engine import opt
 
 # What may differ on --resume, because it does not change the training.
 MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
-eval_only predict name resume device compile memory log_every save_minutes""".split()
+boxes threshold eval_only predict name resume device compile memory log_every
+save_minutes""".split()
 
 
 @dataclass

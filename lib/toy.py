@@ -1,4 +1,4 @@
-"""The toy data set: short videos of moving waves, made here, in UCF101's layout."""
+"""The toy data sets, made here: short videos of moving waves, and films for detect.py."""
 
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 from tqdm import tqdm
+
+from lib import ava
 
 MOTIONS = (
     *("Slide0", "Slide22", "Slide45", "Slide67", "Slide90", "Slide112", "Slide135", "Slide157"),
@@ -53,11 +55,17 @@ def _write(job: tuple) -> None:
     """Write a toy video as XviD-like MPEG-4 at 25 frames and half a megabit per second."""
     path, motion, seed, still = job
     path.parent.mkdir(parents=True, exist_ok=True)
+    video = toy_video(motion, np.random.default_rng(seed), still)
+    _encode(path, video, 25, 500_000, bf="1", g="250")
+
+
+def _encode(path: Path, video: np.ndarray, rate: int, bits: int, **options: str) -> None:
+    """Write (T, H, W, 3) uint8 as MPEG-4, `rate` frames and about `bits` bits per second."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"bf": "1", "g": "250"})
-        stream.bit_rate = 500_000
-        stream.height, stream.width, stream.pix_fmt = 54, 54, "yuv420p"
-        for image in toy_video(motion, np.random.default_rng(seed), still):
+        stream = container.add_stream("mpeg4", rate=rate, options=options)
+        stream.bit_rate = bits
+        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+        for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
@@ -95,3 +103,86 @@ def make_toy(out: str | Path, train: int = 1200, test: int = 600, still: bool = 
     for name, lines in lists.items():
         (part / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")
     part.rename(out)
+
+
+# ---------------------------------------------------------------------------------- for detect.py
+
+FILM = (80, 96)  # height and width in pixels
+SECONDS, RATE = (1, 2), 12  # that are annotated; frames per second
+
+
+def toy_film(seed) -> tuple[np.ndarray, list[tuple[tuple[float, ...], int]]]:
+    """A film (36, *FILM, 3) uint8 of 3 seconds, and its two or three things: (box, action).
+
+    A thing is a window on the waves of a toy video. The number of its motion in MOTIONS, from 1,
+    is its action. Boxes (x1, y1, x2, y2) are shares of width and height. The rest is noise.
+    """
+    rng = np.random.default_rng(seed)
+    (height, width), things = FILM, []
+    noise = rng.normal(size=((SECONDS[-1] + 1) * RATE, *FILM, 3))
+    film = rng.uniform(0.35, 0.65, 3) + 0.15 * noise
+    film = (255 * film).clip(0, 255).round().astype(np.uint8)
+    # Each has a quarter of the picture to itself.
+    for quarter in rng.permutation(4)[: rng.integers(2, 4)].tolist():
+        motion = int(rng.integers(len(MOTIONS)))
+        high, wide = rng.integers(30, height // 2 + 1), rng.integers(30, width // 2 + 1)
+        y = quarter // 2 * height // 2 + int(rng.integers(height // 2 - high + 1))
+        x = quarter % 2 * width // 2 + int(rng.integers(width // 2 - wide + 1))
+        waves = toy_video(MOTIONS[motion], rng)[: len(film)]
+        top, left = (54 - high) // 2, (54 - wide) // 2
+        film[:, y : y + high, x : x + wide] = waves[:, top : top + high, left : left + wide]
+        box = (x / width, y / height, (x + wide) / width, (y + high) / height)
+        things.append((box, motion + 1))
+    return film, things
+
+
+def _write_film(job: tuple) -> list[tuple[tuple[float, ...], int]]:
+    path, seed = job
+    film, things = toy_film(seed)
+    _encode(path, film, RATE, 1_000_000, g="12")
+    return things
+
+
+def make_toy_films(out: str | Path, train: int = 120, test: int = 90) -> None:
+    """Write films and their annotations to folder `out` in AVA's format, unless they are there.
+
+    out/toy0001.mp4 ..., and the files that lib/ava.py names. Boxes of the detector are the true
+    ones, moved a little, and some of nothing: a third as many, of low and of high scores. A second
+    of one test film is excluded. The folder appears when it is complete. ValueError if `out` exists
+    and is something else.
+    """
+    out = Path(out)
+    if (out / ava.BOXES).is_file():
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists and is no complete set of toy films: remove it")
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    names = [f"toy{i:04}" for i in range(train + test)]
+    jobs = [(part / f"{name}.mp4", (1, i)) for i, name in enumerate(names)]
+    with ProcessPoolExecutor() as pool:
+        done = pool.map(_write_film, jobs, chunksize=16)
+        films = list(tqdm(done, f"writing {out}", len(jobs), unit="film"))
+    truth, found, rng = {ava.TRAIN: [], ava.TEST: []}, [], np.random.default_rng(2)
+    for i, (name, things) in enumerate(zip(names, films, strict=True)):
+        for second in SECONDS:
+            at = f"{name},{second:04},"
+            for person, (box, action) in enumerate(things):
+                line = f"{at}{_numbers(box)},{action},{person}"
+                truth[ava.TRAIN if i < train else ava.TEST].append(line)
+                if i >= train:
+                    moved = np.clip(box + rng.normal(0, 0.015, 4), 0, 1)
+                    found.append(f"{at}{_numbers(moved)},,{rng.uniform(0.85, 1):.3f}")
+            if i >= train:
+                x, y = rng.uniform(0, 0.6, 2)
+                found.append(f"{at}{_numbers((x, y, x + 0.4, y + 0.4))},,{rng.uniform(0.6, 1):.3f}")
+    actions = [f'item {{\n  name: "{name}"\n  id: {i}\n}}' for i, name in enumerate(MOTIONS, 1)]
+    files = {**truth, ava.ACTIONS: actions, ava.EXCLUDED: [f"{names[-1]},{SECONDS[0]:04}"]}
+    for name, lines in (files | {ava.BOXES: found}).items():
+        (part / name).write_text("\n".join(lines) + "\n")
+    part.rename(out)
+
+
+def _numbers(box) -> str:
+    return ",".join(f"{side:.3f}" for side in box)

@@ -9,6 +9,7 @@ and counted, and so are files in which a frame is not as announced. Pixels are t
 import contextlib
 import os
 import stat
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ ONE_FRAME_PER_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9
 
 # How many frames a file shows, of files that must be decoded to know: (path, bytes, time) -> count.
 _counts: dict[tuple[str, int, int], int] = {}
+# Tables of long films, which take longer to read than a clip: as above -> those of _Groups.
+_tables: dict[tuple[str, int, int], tuple] = {}
+LONG = 3000  # frames
 
 
 def read_frames(path: str | Path, pick: list[int] | Callable[[int], list[int]]) -> Tensor:
@@ -146,6 +150,12 @@ def _open(path: str | Path):
         raise OSError(f"none of the kinds of video that are read: {FORMATS}") from error
 
 
+def _identity(path: str | Path) -> tuple[str, int, int]:
+    """What changes with a file: path, bytes, time."""
+    about = os.stat(path)
+    return str(path), about.st_size, about.st_mtime_ns
+
+
 def _video_stream(container):
     """The stream that a player would choose. Cover pictures are none."""
     stream = container.streams.best("video")
@@ -231,18 +241,30 @@ class _Groups:
 
     def __init__(self, container, stream, stamp: str):
         self.container, self.stream, self.stamp, self.sure = container, stream, stamp, False
+        file = _identity(container.name.removeprefix("file:"))
+        if file in _tables:
+            self.stamps, self.keys, self.first = _tables[file]
+            self.sure = True
+        else:
+            self._read_table()
+        if self.sure and len(self.stamps) > LONG:
+            self.stamps = array("q", self.stamps)  # 8 bytes each
+            _tables[file] = self.stamps, self.keys, self.first
+        self.near = {0: self.read(0) if self.sure else []}
+        # Frames before the first key frame cannot be decoded and are not shown.
+        times = [packet.pts for packet in self.near[0]]
+        self.sure = bool(times) and None not in times and times[0] == min(times)
+
+    def _read_table(self) -> None:
+        stream, stamp = self.stream, self.stamp
         if stamp == "dts":  # an MP4 file has a table of all packets
             self._fill((entry.timestamp, entry.timestamp, entry) for entry in stream.index_entries)
         # Fragmented ones have more packets than the table that is read first.
         if not self.sure or not self.read(len(self.keys) - 2):
             if self.sure:  # go back
-                container.seek(self.stamps[0], stream=stream)
-            packets = _packets(container, stream)  # all are read once, none is kept
+                self.container.seek(self.stamps[0], stream=stream)
+            packets = _packets(self.container, stream)  # all are read once, none is kept
             self._fill((getattr(packet, stamp), packet.dts, packet) for packet in packets)
-        self.near = {0: self.read(0) if self.sure else []}
-        # Frames before the first key frame cannot be decoded and are not shown.
-        times = [packet.pts for packet in self.near[0]]
-        self.sure = bool(times) and None not in times and times[0] == min(times)
 
     def _fill(self, rows) -> None:
         self.stamps, self.keys, self.first, total, order = [], [], [], 0, []
@@ -261,7 +283,7 @@ class _Groups:
 
     def read(self, group: int) -> list:
         """The packets of a group; [] where they are others. After the last one none may follow."""
-        stamps = self.stamps[self.keys[group] : self.keys[group + 1]]
+        stamps = list(self.stamps[self.keys[group] : self.keys[group + 1]])
         try:
             # FFmpeg goes to the last key frame that is shown by then.
             self.container.seek(max(stamps), stream=self.stream)
@@ -334,8 +356,7 @@ def _from_start(path, choose, guess: int) -> _Clip:
     without a frame, and cut files begin with frames that nothing can decode. The number is kept for
     the next time. The first time, the clip of a `guess` is kept where the guess was right.
     """
-    about = os.stat(path)
-    file = str(path), about.st_size, about.st_mtime_ns
+    file = _identity(path)
     if file not in _counts:
         random = torch.get_rng_state()
         clip = _Clip(choose(guess))

@@ -331,10 +331,14 @@ def place_positions(model: nn.Module, state: dict, about: dict) -> tuple[dict[st
         raise ValueError(f"the positions in the weights are not those of {clips}")
     if trained == grid:
         return tables, ""
-    for name, table in tables.items():
-        table = table.T.unflatten(1, trained)[None]  # (1, D, t, h, w)
-        tables[name] = F.interpolate(table, size=grid, mode="trilinear")[0].flatten(1).T
+    tables = {name: interpolate(table, trained, grid) for name, table in tables.items()}
     return tables, f"positions of {clips} interpolated to {by(grid)} cubes"
+
+
+def interpolate(table: Tensor, trained: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """A position table (N, D) of the grid `trained` for another grid: (N', D)."""
+    table = table.T.unflatten(1, trained)[None]  # (1, D, t, h, w)
+    return F.interpolate(table, size=grid, mode="trilinear")[0].flatten(1).T
 
 
 def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | Classifier, dict]:
@@ -347,7 +351,7 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     if name not in MODELS:
         raise ValueError(f"{path} is of --model {name}, which lib/variants.py does not have")
     Model, known = MODELS[name], dict(about)
-    if classifier and "classes" in about:
+    if classifier and "classes" in about and "fc_norm.weight" in state:  # not of detect.py
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:
         raise ValueError(f"{path} has no decoder: take those of pretrain.py to reconstruct videos")

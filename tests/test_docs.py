@@ -208,7 +208,8 @@ def flags_of(script):
     return set(re.findall(r"\"(--[a-z-]+)\"", source)) | {"--help"}
 
 
-SCRIPTS = ["pretrain.py", "contrast.py", "finetune.py", "linprobe.py", "visualize.py", "data.py"]
+SCRIPTS = ["pretrain.py", "contrast.py", "finetune.py", "linprobe.py", "detect.py"]
+SCRIPTS += ["visualize.py", "data.py"]
 SCRIPTS += ["experiments/run.py", "lib/export.py", "tests/benchmark.py", "tests/gpu.py"]
 MODULES = {"-m experiments.run": "experiments/run.py", "-m lib.weights": "lib/export.py"}
 
@@ -251,7 +252,7 @@ def test_values():
         for target in re.findall(r"(?:^    |`)make (\w+)", text, re.M):
             assert re.search(rf"^{target}:", make, re.M), target
         for stage, preset in re.findall(
-            r"(pretrain|contrast|finetune|linprobe)\.py ([a-z][\w-]*)", text
+            r"(pretrain|contrast|finetune|linprobe|detect)\.py ([a-z][\w-]*)", text
         ):
             if preset not in ("and", "names", "to"):
                 assert preset in importlib.import_module(stage).PRESETS, preset
@@ -267,12 +268,17 @@ def rows_of(stage):
             yield preset, dict(zip(head, cells, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "contrast", "finetune"])
+STAGES = dict(
+    pretrain="Pre-training", contrast="Contrastive", finetune="Fine-tuning",
+    detect="Action detection",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_recipes(stage):
     """The tables have all presets, and their numbers."""
     module, seen = importlib.import_module(stage), []
-    names = dict(pretrain="Pre-training", contrast="Contrastive", finetune="Fine-tuning")
-    for preset, row in rows_of(names[stage]):
+    for preset, row in rows_of(STAGES[stage]):
         cfg = module.Config(**module.PRESETS[preset])
         seen.append(preset)
         length = f"{cfg.steps:,} steps" if cfg.epochs is None else str(cfg.epochs)
@@ -285,14 +291,17 @@ def test_recipes(stage):
         if stage == "pretrain":
             assert row["mask"] == f"{cfg.mask} {cfg.ratio:.0%}".replace("%", " %"), preset
             assert ("2 clips" in row["batch"]) == (cfg.repeats == 2), preset
-        if stage != "finetune":
+        if stage in ("pretrain", "contrast"):
             assert int(row["stride"]) == cfg.stride, preset
             assert row["model"].startswith(cfg.size), preset
             assert row["model"].endswith(f"{cfg.frames}x{cfg.resolution}x{cfg.resolution}"), preset
-        else:
+            continue
+        if stage == "finetune":
             assert f"{cfg.clips}x{cfg.crops}" in row["test views"].split(", "), preset
-            for name in ("layer decay", "drop path", "head dropout"):
-                assert float(row[name]) == getattr(cfg, name.replace(" ", "_")), preset
+        else:
+            assert row["model"].startswith(cfg.size or "that of the weights"), preset
+        for name in {"layer decay", "drop path", "head dropout"} & row.keys():
+            assert float(row[name]) == getattr(cfg, name.replace(" ", "_")), preset
     assert sorted(seen) == sorted(module.PRESETS)
 
 

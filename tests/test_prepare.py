@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -22,7 +23,7 @@ from lib.lists import Split, read_split
 from lib.prepare import rewrite
 from lib.processes import in_processes
 from lib.toy import MOTIONS, make_toy, toy_video
-from lib.video import played, read_frames
+from lib.video import Probe, played, read_frames
 
 
 def every(path):
@@ -468,6 +469,27 @@ def test_odd_files_are_rewritten_upright_with_even_sides(tmp_path, codec, suffix
     if list(old.shape[2:]) == even:
         error = (old.float() - new).square().mean((1, 2, 3))
         assert error.max() < 255**2 / 10**2  # of every frame
+
+
+@pytest.mark.parametrize("rate", ["24000/1001", "25", "14.7", "30000/1001"])
+def test_seconds_stay_where_they_are(tmp_path, rate):
+    """After 15 minutes at 24 frames instead of 24000/1001, all would be a second too late."""
+    source = tmp_path / "a.mp4"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate))
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(30):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    prepare.rewrite((source, tmp_path / "b.mp4", None))
+    rates = []
+    for path in (source, tmp_path / "b.mp4"):
+        about = Probe()
+        next(played(path, about))
+        rates.append(about.rate)
+    assert rates[0] == pytest.approx(float(Fraction(rate)), rel=1e-3)
+    assert rates[1] == pytest.approx(rates[0], rel=1e-6)
 
 
 def test_what_lacks_frames_is_not_delivered(tmp_path, monkeypatch):

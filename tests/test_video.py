@@ -23,6 +23,7 @@ UNEVEN = np.cumsum([700] + [40, 120, 7, 300] * 8)[:30].tolist()  # starts at 0.7
 def forget():
     """Every test counts the frames of its files itself."""
     video._counts.clear()
+    video._tables.clear()
 
 
 def every(path):
@@ -557,3 +558,19 @@ def test_a_long_film_without_a_table_is_read_once_and_not_kept(film, monkeypatch
     """Its packets are counted; those of the clip are read again."""
     packets, _ = cost(film[kind], list(range(59_937, 60_000, 4)), monkeypatch)
     assert 60_000 < packets <= 60_000 + 250 * 7
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_the_table_of_a_long_film_is_read_for_its_first_clip_only(tmp_path, monkeypatch, suffix):
+    """Matroska has none: all packets are read to make it."""
+    monkeypatch.setattr(video, "LONG", 50)
+    fills, fill = [], video._Groups._fill
+    monkeypatch.setattr(video._Groups, "_fill", lambda *args: fills.append(1) or fill(*args))
+    path = write(tmp_path / f"film.{suffix}", "mpeg4", frames=120, g=12)
+    for wanted in ([50, 54, 58], [3], [119, 0]):
+        assert [number_of(frame) for frame in read_frames(path, wanted)] == wanted
+    assert len(fills) == 1
+    write(path, "mpeg4", frames=80, g=12)  # another film, of the same name
+    assert [number_of(frame) for frame in read_frames(path, [79])] == [79]
+    with pytest.raises(ValueError, match="it has 80"):
+        read_frames(path, [80])
