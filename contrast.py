@@ -8,7 +8,7 @@
 Two clips of a video, the views, must be more alike to the network than clips of other videos in the
 batch. Nothing is masked. Leaves checkpoint.pt, log.jsonl, loss.png in runs/NAME. With --resume, the
 same command goes on. Expect a loss that falls from 4 * temperature * log(batch), the dotted line in
-loss.png. The network has collapsed if it stays there. The log tells more, see `spread`.
+loss.png. If it stays there, or if `features` in the log falls towards 0, the network has collapsed.
 """
 
 import copy
@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torchvision.transforms import v2
 
 import visualize
@@ -38,7 +37,7 @@ class Config(RunConfig):
     # clips
     frames: int = opt(16, "frames of a clip", 1)
     stride: int = opt(4, "frames of the video per frame of a clip; 0: one frame, held still", 0)
-    resolution: int = opt(224, "height and width of a clip, pixels", 1)
+    resolution: int = opt(224, "height and width of a clip, pixels; the blur needs 7", 7)
     smallest: float = opt(0.08, "smallest area of the random crop, as a share of the frame", 0, 1)
     flip: bool = opt(True, "mirror half of the clips; not where left and right tell classes apart")
     # model
@@ -47,13 +46,13 @@ class Config(RunConfig):
     positions: Literal["1d", "3d"] = opt("1d", "embeddings: 1d as VideoMAE's code, 3d ours")
     hidden: int = opt(4096, "width inside of projector and predictor", 1)
     out: int = opt(256, "numbers per clip that are compared", 1)
-    temperature: float = opt(0.2, "of the softmax over the clips of a batch", 1e-3)
+    temperature: float = opt(0.2, "divides similarities before the softmax", 1e-3)
     momentum: float = opt(0.99, "share that the momentum encoder keeps in the first step", 0, 1)
     # optimisation
     epochs: int | None = opt(300, "passes over the videos; None: by --steps", 1)
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs: they are told from each other", 2)
-    micro: int | None = opt(None, "videos per GPU and pass: all, a batch cannot be split here", 1)
+    micro: int | None = opt(None, "videos per GPU and pass: all, no batch is split here", 1)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.1, "AdamW's; none on biases and norms")
@@ -125,14 +124,24 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, D) of this process -> (b, D) float32."""
         x = x.float()
-        x = x - over_processes(x.mean(dim=0))
-        x = x * (over_processes(x.square().mean(dim=0)) + 1e-5).rsqrt()
+        x = x - MeanOver.apply(x.mean(dim=0))
+        x = x * (MeanOver.apply(x.square().mean(dim=0)) + 1e-5).rsqrt()
         return x if self.weight is None else x * self.weight + self.bias
 
 
-def over_processes(x: Tensor) -> Tensor:
-    """The mean of a tensor over all processes. Gradients flow back to all of them."""
-    return all_reduce(x) / engine.processes() if engine.processes() > 1 else x
+class MeanOver(torch.autograd.Function):
+    """The mean of a tensor over all processes. So is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        mean = x / engine.processes()
+        if engine.processes() > 1:
+            dist.all_reduce(mean)
+        return mean
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return MeanOver.apply(grad)
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -207,7 +216,8 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tenso
     similarity = F.normalize(queries, dim=2) @ F.normalize(keys, dim=2).flip(0).mT  # (2, b, B)
     b = queries.shape[1]
     right = torch.arange(b, device=queries.device) + engine.rank() * b
-    # The sum of both directions. 2 * temperature keeps the size of gradients at any temperature.
+    # cross_entropy is the mean of both directions, so the first 2 makes it their sum. The factor
+    # 2 * temperature keeps the size of gradients at any temperature (MoCo v3).
     logits = similarity.flatten(0, 1) / temperature
     return 2 * 2 * temperature * F.cross_entropy(logits, right.repeat(2))
 
@@ -255,7 +265,8 @@ def main(argv: list[str]) -> None:
     how = (cfg.size, clip, cfg.cube, cfg.positions, cfg.hidden, cfg.out)
     model = speed.place(MoCo(*how), device)
     learned = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in learned if (p.ndim > 1) == is_one] for is_one in (True, False))
+    matrices = [p for p in learned if p.ndim > 1]
+    vectors = [p for p in learned if p.ndim == 1]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
@@ -282,7 +293,6 @@ def main(argv: list[str]) -> None:
             if run.more["features"] < COLLAPSED:
                 what = "the network has collapsed, its features are nearly all the same"
                 run.say(f"{what}: try a lower --base-lr, or a larger --batch")
-
     run.close()
 
 

@@ -151,6 +151,8 @@ def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, traine
     usual = USUAL if about else USUAL | UNTRAINED.get(preset, {})
     chosen = usual | flags | weights if trained else usual | weights | flags
     chosen = {key: chosen[key] for key in keys}
+    if chosen["stride"] == 0 and chosen.get("sampling") == "uniform":
+        raise ValueError("--stride 0 is one frame held still: it needs --sampling dense")
     cfg, side = replace(cfg, init=source, **chosen), chosen["resolution"]
     config = {"eps": about["eps"]} if "eps" in about else {}
     config |= {key: chosen[key] for key in ("size", "cube", "positions")}

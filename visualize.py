@@ -48,7 +48,7 @@ class Config:
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "oracle: draw both kinds of statistics")
-    stride: int | None = opt(None, "frames from one to the next; None: as in pre-training", 1)
+    stride: int | None = opt(None, "frames from one to the next; None: as in pre-training", 0)
     out: str | None = opt(None, "PNG to write; None: a new one beside the checkpoint or A.csv")
     gif: str | None = opt(None, "also write an animation to this GIF")
     seed: int = opt(0, "seed of the masks", 0)
@@ -349,7 +349,7 @@ def compare(paths: tuple[str, ...], out: Path) -> None:
 def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     """The clips of --videos, or of test videos of the data that a checkpoint was trained on."""
     frames, size, _ = model.encoder.video_size
-    stride = cfg.stride or about.get("stride", 4)
+    stride = about.get("stride", 4) if cfg.stride is None else cfg.stride
     choose_model(about.get("name", "videomae"), cfg.mask, stride)  # they must suit each other
     paths = cfg.videos
     if not paths:

@@ -159,8 +159,9 @@ def choose_model(name: str, mask: str, stride: int) -> type[VideoMAE]:
     """The class of --model. ValueError where --mask or --stride do not suit it."""
     if name in ("center", "cell") and mask != "tube":
         raise ValueError(f"--model {name} needs --mask tube")
-    if stride % MODELS[name].frame_factor:
-        raise ValueError(f"--model {name} needs an even --stride")
+    factor = MODELS[name].frame_factor
+    if factor > 1 and (stride == 0 or stride % factor):
+        raise ValueError(f"--model {name} needs an even --stride of 2 or more")
     return MODELS[name]
 
 

@@ -354,7 +354,7 @@ def load_model(path: str | Path, classifier: bool = False) -> tuple[VideoMAE | C
     if classifier and "classes" in about and "fc_norm.weight" in state:  # not of detect.py
         Model, known["classes"] = Classifier, len(about["classes"])
     elif "encoder_to_decoder.weight" not in state:
-        raise ValueError(f"{path} has no decoder: take those of pretrain.py to reconstruct videos")
+        raise ValueError(f"{path} has no decoder: take weights of pretrain.py")
     more = ["classes"] if Model is Classifier else ["decoder_depth", "normalize", "loss"]
     keys = ["size", "video_size", "cube", "positions", "eps", *more]
     model = build(Model, {key: known[key] for key in keys if key in known})

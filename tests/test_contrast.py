@@ -364,7 +364,7 @@ def test_other_stages_take_its_encoder(beside, capsys, monkeypatch):
 
 def test_it_cannot_reconstruct_and_says_so(whole, monkeypatch):
     monkeypatch.chdir(whole)
-    with pytest.raises(ValueError, match="^runs/whole/checkpoint.pt has no decoder: take those"):
+    with pytest.raises(ValueError, match="^runs/whole/checkpoint.pt has no decoder: take weights"):
         visualize.main(["--checkpoint", "runs/whole/checkpoint.pt"])
 
 

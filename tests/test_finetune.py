@@ -501,6 +501,7 @@ def test_from_scratch_with_validation(here):
         ("--epochs 2 --warmup 2", "--warmup 2"),
         ("--resolution 60", "60"),
         ("--size tiny", "leave it out"),
+        ("--stride 0 --sampling uniform", "--sampling dense"),
         ("--test-splits same.txt --splits same.txt", "1 videos are both .*--test-splits"),
     ],
 )

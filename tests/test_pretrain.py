@@ -210,6 +210,7 @@ def test_presets_hold_the_published_recipes():
         ("toy --data TOY --model center --mask random", "--mask tube"),
         ("toy --data TOY --model cell --frames 4", "cells of 4x2x2"),
         ("toy --data TOY --model double --stride 3", "even --stride"),
+        ("toy --data TOY --model double --stride 0", "even --stride"),
         ("toy --wiggle 3", "--wiggle"),
     ],
 )
