@@ -54,7 +54,7 @@ class Config(ModelConfig, RunConfig):
     threshold: float = opt(0.8, "smallest score of a detected box", 0, 1)
     begin: float = opt(0.0, "second of a movie at which its file begins", 0)
     actions: int = opt(80, "how many actions there are: their numbers begin at 1", 1)
-    short_side: int = opt(256, "pixels of a frame's shorter side, before the random crop", 1)
+    short_side: int | None = opt(None, "of a frame, in pixels; None: 8/7 of --resolution", 1)
     flip: bool = opt(True, "mirror half of the clips; not where left and right are actions")
     # model
     least: float = opt(0.95, "smallest share of the encoder's tensors that --init must hold", 0, 1)
@@ -80,7 +80,7 @@ class Config(ModelConfig, RunConfig):
 # Table 12 and Appendix B; the scripts agree. The columns are pre-training on K400 alone, and
 # additional fine-tuning on K400's labels ("labels"). What is not said here is the default above:
 # batch, warm-up, drop path, betas, weight decay. Toy and own are ours.
-AVA = dict(begin=900, stride=4)  # films of 15 minutes, cut as docs/data.md says
+AVA = dict(begin=900, stride=4, short_side=256)  # films of 15 minutes, cut as docs/data.md says
 SMALL, LARGE = dict(AVA, size="small", layer_decay=0.6), dict(AVA, size="large")
 HUGE = dict(AVA, size="huge", layer_decay=0.8, epochs=20)
 PRESETS = {
@@ -351,6 +351,7 @@ def main(argv: list[str]) -> None:
     # The encoder of the weights, and a new head; to evaluate or predict, a trained one.
     names = data and data.classes
     cfg, detector, classes = make_classifier(cfg, preset, folder, names, Detector)
+    cfg = replace(cfg, short_side=cfg.short_side or round(cfg.resolution * 8 / 7))
     speed.place(detector, device)
     if data and len(classes) != cfg.actions:
         raise ValueError(f"{cfg.init} knows {len(classes)} actions: --actions {len(classes)}")

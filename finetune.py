@@ -178,8 +178,11 @@ def make_classifier(
         path = str(own)  # whatever --init is by now
     state, about = ({}, {}) if path == "none" else read_weights(path)
     cfg, config, line = settle_clips(cfg, preset, about, path, trained)
+    norm = getattr(Model, "last_norm", "fc_norm")
+    if f"{norm}.weight" not in state:  # a head of the other kind of model is of no use
+        state = {name: x for name, x in state.items() if not name.startswith("head.")}
     if trained:
-        classes, norm = about.get("classes", []), getattr(Model, "last_norm", "fc_norm")
+        classes = about.get("classes", [])
         if not {f"{norm}.weight", f"{norm}.bias", "head.weight", "head.bias"} <= {*state}:
             raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
     config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}

@@ -59,6 +59,8 @@ def read(cfg) -> Annotations:
     train = {} if cfg.eval_only else read_truth(folder / TRAIN, cfg.actions)
     test = read_truth(folder / TEST, cfg.actions)
     found = read_boxes(boxes, cfg.threshold)
+    if not found:
+        raise ValueError(f"{boxes} has no box of score {cfg.threshold:g} or more (--threshold)")
     if others := {video for video, _ in found} - {video for video, _ in test}:
         raise ValueError(f"{boxes} has boxes of {min(others)}, which {TEST} does not know")
     test, found = ({f: x for f, x in part.items() if f not in excluded} for part in (test, found))
@@ -118,7 +120,8 @@ def read_boxes(path: Path, threshold: float) -> dict[Frame, dict[Box, float]]:
         if not 0 <= score <= 1:
             raise ValueError(f"{line}: the last number must be a score from 0 to 1")
         if score >= threshold:
-            boxes.setdefault(frame, {})[box] = score
+            others = boxes.setdefault(frame, {})
+            others[box] = max(score, others.get(box, 0.0))
     return boxes
 
 

@@ -211,7 +211,8 @@ def whole(results: dict, errors: dict, then: str) -> Tensor:
 def none_wrong(errors: dict[int, str], then: str) -> None:
     """ValueError where results are missing; `then` they will be made."""
     if errors:
-        names = "; ".join(dict.fromkeys(errors.values()))
+        texts = [*dict.fromkeys(errors.values())]
+        names = "; ".join(texts[:20]) + (f"; and {len(texts) - 20} more" if texts[20:] else "")
         advice = f"the others' results are kept: mend the list or the files, {then}"
         raise ValueError(f"{len(errors)} videos cannot be read: {names} ({advice})")
 

@@ -146,6 +146,8 @@ def test_files_are_read_as_published(file):
     text = "v,0902,0,0,1,1,,0.998\nv,0902,0,0,1,1,12,0.998\nv,0902,0,0,0.5,1,,0.79\n"
     assert ava.read_boxes(file(text), 0.8) == {("v", 902): {(0, 0, 1, 1): 0.998}}
     assert ava.read_boxes(file(text), 0.79)[("v", 902)][(0, 0, 0.5, 1)] == 0.79
+    twice = "v,1,0,0,1,1,4,0.95\nv,1,0,0,1,1,5,0.85\n"
+    assert ava.read_boxes(file(twice), 0.8) == {("v", 1): {(0, 0, 1, 1): 0.95}}  # the best
     assert ava.read_excluded(file("a,0903\na,b,0904\n")) == {("a", 903), ("a,b", 904)}
     sixty = (
         'item {\n  name: "bend/bow (at the waist)"\n  id: 1\n}\nitem {\n  name: "b"\n  id: 80\n}\n'
@@ -515,20 +517,11 @@ def test_pretrained_and_finetuned_encoders_fit(here, toy, capsys):
     detect.main([*flags, "from-fine", "--init", "runs/finetune-toy/checkpoint.pt"])
     said = capsys.readouterr().out
     assert "2 missing (encoder.norm.weight, encoder.norm.bias)" in said  # as in the official code
+    assert "head.weight, head.bias" in said  # a softmax head of as many classes is dropped
     # And the other way: its encoder is of use, its head is no classifier's.
-    finetune.main(
-        [
-            "toy",
-            "--data",
-            str(toy),
-            *few,
-            *shots,
-            "--init",
-            "runs/detect-toy/checkpoint.pt",
-            "--name",
-            "back",
-        ]
-    )
+    back = "--init runs/detect-toy/checkpoint.pt --name back".split()
+    finetune.main(["toy", "--data", str(toy), *few, *shots, *back])
+    assert "head.weight, head.bias" in capsys.readouterr().out.partition("matched")[2]
     with pytest.raises(ValueError, match="no trained head"):
         finetune.main(
             ["toy", "--data", str(toy), "--init", "runs/detect-toy/checkpoint.pt", "--eval-only"]
@@ -579,6 +572,7 @@ def test_a_film_is_predicted_and_drawn(here, tmp_path, capsys):
         ("--fold 2", "no --fold"),
         ("--begin 900 --eval-only --init runs/detect-toy/checkpoint.pt", "no second 1, it has"),
         ("--boxes other.csv", "boxes of other, which ava_val"),
+        ("--threshold 1", "no box of score 1 or more"),
         ("--splits .", "no file"),
         ("--predict a.mp4 --init runs/detect-toy/checkpoint.pt", "--predict needs --boxes"),
         (
