@@ -285,10 +285,11 @@ class Videos(Dataset):
     def augment(self, index: int, frames: Tensor) -> tuple[Tensor, int]:
         """Frames of video `index` -> clips (R, T, C, H, W), label."""
         clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
-        change = self.transform
-        changes = change if isinstance(change, list) else [change] * self.repeats
-        pairs = zip(changes, clips, strict=True)
-        clips = [change(clip).as_subclass(Tensor) for change, clip in pairs]
+        # One transform for all clips of a video, or a list with one for each.
+        several = isinstance(self.transform, list)
+        transforms = self.transform if several else [self.transform] * self.repeats
+        pairs = zip(transforms, clips, strict=True)
+        clips = [transform(clip).as_subclass(Tensor) for transform, clip in pairs]
         return torch.stack(clips), self.split.labels[index]
 
 

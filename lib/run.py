@@ -70,10 +70,10 @@ def fit_to_set(preset: str, cfg, videos: int):
 class Run:
     """One training in runs/NAME, from its start or, with --resume, from its checkpoint.
 
-    `stage` is "pretrain", "finetune" or "contrast", `cfg` its hyper-parameters, `about` more for
-    the checkpoint, such as the names of classes. A stage uses order, total and warmup (in steps),
-    folder, log, and net: the model as the loop calls it. What it puts into `more`, {name: tensor},
-    stands in the next line of the log.
+    `stage` is the name of the script, `cfg` its hyper-parameters, `about` more for the checkpoint,
+    such as the names of classes. A stage uses order, total and warmup (in steps), folder, log, and
+    net: the model as the loop calls it. What it puts into `more`, {name: tensor}, stands in the
+    next line of the log.
     """
 
     def __init__(self, stage, name, cfg, model, optimizer, videos, device, **about):
