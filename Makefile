@@ -27,7 +27,6 @@ demo: $(STAGES:%=runs/%/results.json)
 
 $(PRE)/reconstruction.png: | .venv/installed
 	$(call stage,pretrain.py --resume)
-	@test -f $@  # not if a signal stopped it
 
 runs/finetune-toy$S/results.json: $(PRE)/reconstruction.png
 	$(call stage,finetune.py $(INIT) --resume)

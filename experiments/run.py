@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import contrast
 import finetune
 import linprobe
 import pretrain
@@ -40,7 +41,7 @@ from lib.prepare import make_toy
 
 @dataclass(frozen=True)
 class Job:
-    """A command of python that runs in LAB, and is done when it left its product and its record."""
+    """A command of python that runs in LAB. Done when it ended well and left its product."""
 
     name: str
     argv: list[str]
@@ -49,24 +50,30 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """JSON: chain, and of all attempts machines, commits, seconds of processor time."""
+        """JSON: chain, whether it ended well, and machines, commits, seconds of all attempts."""
         return LAB / f"{self.name}.job"
 
     def about(self) -> dict:
         """The record, or an empty one."""
         if self.record.exists():
             return json.loads(self.record.read_text())
-        return dict(chain=self.chain, machines=[], commits=[], seconds=0.0)
+        return dict(chain=self.chain, ended=False, machines=[], commits=[], seconds=0.0)
 
     def done(self) -> bool:
         """Whether this very job is done."""
-        made = self.record.exists() and self.product.exists()
-        return made and self.about()["chain"] == self.chain
+        about = self.about()
+        return about["ended"] and about["chain"] == self.chain and self.product.exists()
 
 
 # The experiments that need no download: `all`.
 TOYS = [name for name, experiment in EXPERIMENTS.items() if "preset" not in experiment]
-STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
+STAGES = {
+    "pretrain.py": pretrain,
+    "contrast.py": contrast,
+    "finetune.py": finetune,
+    "linprobe.py": linprobe,
+}
+PRODUCTS = {"pretrain.py": "reconstruction.png", "contrast.py": "checkpoint.pt"}
 
 
 def recipe(script: str, preset: str) -> dict:
@@ -79,10 +86,9 @@ def recipe(script: str, preset: str) -> dict:
 def fill(flags: str, seed: int) -> list[str]:
     """The words of flags of experiments/table.py for a seed, or for the fold that stands for it.
 
-    The preset is the first of them, "toy" if none is named. Folds all have the default seed.
+    Folds all have the default seed.
     """
     words = flags.replace("SEED", str(seed)).replace("FOLD", str(seed + 1)).split()
-    words = words if words[:1] in (["toy"], ["own"]) else ["toy", *words]
     return words if "FOLD" in flags else [*words, "--seed", str(seed)]
 
 
@@ -90,26 +96,26 @@ def jobs_of(cell: str, seed: int) -> list[Job]:
     """The jobs that make a cell, in their order. KeyError for names that are none."""
     pre, _, down = cell.partition("@")[0].partition(":")
     down = down or "tuned"
-    name, weights, jobs = f"{pre}-s{seed}-{down}", f"{LAB}/{pre}-s{seed}/checkpoint.pt", []
-    if pre != "none":
-        preset, *flags = fill(PRETRAIN[pre], seed)
-        argv = ["pretrain.py", preset, *flags, "--resume", "--name", f"lab/{pre}-s{seed}"]
-        product = LAB / f"{pre}-s{seed}" / "reconstruction.png"  # comes last
-        jobs.append(Job(f"{pre}-s{seed}", argv, product, [[argv, recipe(argv[0], preset)]]))
+    jobs = [] if pre == "none" else [job_of(f"{pre}-s{seed}", PRETRAIN[pre], seed)]
+    return [*jobs, job_of(f"{pre}-s{seed}-{down}", DOWN[down], seed, *jobs)]
 
-    script, _, flags = DOWN[down].partition(" ")
-    product, preset = LAB / name / "results.json", ""
+
+def job_of(name: str, command: str, seed: int, *before: Job) -> Job:
+    """The job of a command of experiments/table.py that begins with the weights of those before."""
+    script, _, flags = command.partition(" ")
+    weights = f"{LAB / before[-1].name}/checkpoint.pt" if before else None
     if script == "-m":
-        product = LAB / f"{name}.json"
+        product, preset = LAB / f"{name}.json", ""
         argv = [script, *flags.split(), "--seed", str(seed)]
         argv += ["--checkpoint", weights, "--out", str(product)]
     else:
-        preset, *flags = fill(flags, seed)
-        init = f"--init {weights}" if jobs else UNTRAINED[script]
-        argv = [script, preset, *init.split(), *flags, "--name", f"lab/{name}"]
-        argv += ["--resume"] if script == "finetune.py" else []
-    chain = [link for job in jobs for link in job.chain] + [[argv, recipe(script, preset)]]
-    return [*jobs, Job(name, argv, product, chain)]
+        product = LAB / name / PRODUCTS.get(script, "results.json")
+        preset, *words = fill(flags, seed)
+        init = f"--init {weights}" if before else UNTRAINED.get(script, "")
+        argv = [script, preset, *init.split(), *words, "--name", f"lab/{name}"]
+        argv += [] if script == "linprobe.py" else ["--resume"]
+    chain = [link for job in before for link in job.chain] + [[argv, recipe(script, preset)]]
+    return Job(name, argv, product, chain)
 
 
 def machine(threads: int) -> str:
@@ -176,13 +182,14 @@ class Series:
             self.running[job.name] = process
             if self.stopped.is_set():  # between the last look and now
                 process.terminate()
-            _, _, used = os.wait4(process.pid, 0)
+            _, status, used = os.wait4(process.pid, 0)
             del self.running[job.name]
         about["machines"] = sorted({*about["machines"], machine(self.threads)})
         about["commits"] = sorted({*about["commits"], report.commit()})
-        about["seconds"] += used.ru_utime + used.ru_stime
+        about["seconds"] += used.ru_utime + used.ru_stime  # of processor time
+        about["ended"] = status == 0
         engine.write_whole(job.record, json.dumps(about))
-        if not job.product.exists():
+        if not job.done():
             raise ValueError(
                 f"{line} did not finish, see {LAB}/{job.name}.log; the same command continues it"
             )

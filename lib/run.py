@@ -290,7 +290,7 @@ class Run:
             done = f"after step {self.step + 1} of {self.total}"
             name = signal.Signals(self.stop).name
             self.say(f"stopped by {name} {done}: the same command with --resume goes on")
-            sys.exit(130 if self.stop == signal.SIGINT else 0)
+            sys.exit(128 + self.stop)  # as a shell has it
 
 
 @torch.no_grad()

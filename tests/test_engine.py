@@ -261,7 +261,7 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines()[1:]] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_signal_saves_after_the_step_and_resume_goes_on(
     tmp_path, monkeypatch, capsys, name, code
 ):

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import finetune
-import linprobe
-import pretrain
 from data import TOY, Split
 from experiments import leak, report, run
 from experiments.report import claims_of, read_score, verdict
@@ -23,7 +21,6 @@ from experiments.table import DOWN, EXPERIMENTS, LAB, PRETRAIN, REAL, STILL
 from lib import engine
 from lib.prepare import MOTIONS
 
-STAGES = {"pretrain.py": pretrain, "finetune.py": finetune, "linprobe.py": linprobe}
 CELLS = sorted({cell for experiment in EXPERIMENTS.values() for *_, cell in experiment["rows"]})
 RESULTS, OVERVIEW = Path("experiments/results"), Path("docs/results.md")
 HEAD = "path,label,prediction,correct,top5,probabilities\n"
@@ -41,7 +38,7 @@ def finish(cell, seed, machine="one", commit="c0ffee", **found):
     for job in jobs_of(cell, seed):
         job.product.parent.mkdir(exist_ok=True)
         job.product.write_text(json.dumps(found))
-        about = dict(chain=job.chain, machines=[machine], commits=[commit], seconds=60)
+        about = dict(chain=job.chain, ended=True, machines=[machine], commits=[commit], seconds=60)
         job.record.write_text(json.dumps(about))
 
 
@@ -53,7 +50,7 @@ def parsed(job):
     script, *flags = job.argv
     if script == "-m":
         return leak, engine.parse_config(leak.Config, flags[1:], "", {"": {}})[1]
-    stage = STAGES[script]
+    stage = run.STAGES[script]
     preset, cfg = engine.parse_config(stage.Config, flags, "", stage.PRESETS)
     assert preset == ("own" if any(name in cfg.name for name in REAL) else "toy")
     return stage, cfg
@@ -61,14 +58,15 @@ def parsed(job):
 
 def test_every_command_is_one_its_stage_accepts():
     for cell in CELLS:
-        for job in jobs_of(cell, 1):
+        jobs = jobs_of(cell, 1)
+        for job in jobs:
             stage, cfg = parsed(job)
             where = cfg.out if stage is leak else f"runs/{cfg.name}"
             assert where in (str(job.product), str(job.product.parent))
             line = " ".join(job.argv)
             fold = "_train2.txt" in line and "FOLD" not in line
             assert cfg.seed == (0 if fold else 1) and "SEED" not in line and "-s0" not in line
-            if stage is pretrain:
+            if job is not jobs[-1]:
                 assert cfg.warmup < cfg.epochs
             elif ":" in cell and not cell.startswith("none"):
                 assert f"{LAB}/{cell.partition(':')[0]}-s1/checkpoint.pt" in line
@@ -151,8 +149,8 @@ def test_a_job_runs_once_and_resumes(lab, tmp_path):
         "import os, sys\n"
         "print(os.environ['OMP_NUM_THREADS'], flush=True)\n"
         "open('tries', 'a').write('x')\n"
-        "if len(open('tries').read()) < 2: sys.exit('no')\n"
         "open('made', 'w').close()\n"
+        "if len(open('tries').read()) < 2: sys.exit('no')\n"
     )
     series = Series(1)
     series.threads = 3
@@ -350,7 +348,7 @@ def test_report(lab, monkeypatch):
     assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) | 2.0 |" in page and line in page
     assert "\nMade at commit c0ffee.\n" in page and "experiments.run table1f`" in page
     assert "8 minutes of one core" in page and "seeds 0, 1 on one." in page
-    assert "    python pretrain.py toy --loss l1 --seed 0 --resume --name lab/l1-s0\n" in page
+    assert "    python pretrain.py toy --loss l1 --seed 0 --name lab/l1-s0 --resume\n" in page
     stored, before = (RESULTS / "table1f.json").read_text(), OVERVIEW.read_text()
     shutil.rmtree(lab)  # as in a fresh clone: what is known stays
     run.main(["--report"])
@@ -419,7 +417,7 @@ def test_minutes_are_shown_where_they_are_known():
 def test_committed_pages_say_which_code_made_them():
     folder = Path(__file__).parents[1] / RESULTS
     pages = [path for path in folder.glob("*.md")]
-    assert {path.stem for path in pages} >= set(EXPERIMENTS) - set(REAL)
+    assert {path.stem for path in pages} >= set(run.TOYS)
     for path in pages:
         found = json.loads(path.with_suffix(".json").read_text())
         assert "\nMade at commit " in path.read_text() and found["commits"]
