@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ from lib.run import Run, RunConfig, fit_to_set
 from lib.toy import make_toy_films
 from lib.video import Probe, played, read_frames, shown
 from lib.weights import grid_of, interpolate
-from model import IMAGENET_MEAN, SIZES, Encoder, init_linear
+from model import IMAGENET_MEAN, Classifier, Encoder
 
 
 @dataclass
@@ -99,29 +99,19 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Detector(nn.Module):
-    """The encoder, and a head that looks at one box of its map of features (SlowFast's head)."""
+class Detector(Classifier):
+    """The encoder, and a head that looks at one box of its map of features (SlowFast's head).
 
-    last_norm = "encoder.norm"  # of each token, as in pre-training (official code)
+    Arguments as of Classifier.
+    """
 
-    def __init__(
-        self, size, classes, video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
-        drop_path=0.0, head_dropout=0.0, init_scale=1e-3,
-    ):  # fmt: skip
-        super().__init__()
-        self.config = dict(
-            size=size, classes=classes, video_size=list(video_size), cube=list(cube),
-            positions=positions, drop_path=drop_path, init_scale=init_scale,
-            head_dropout=head_dropout,
-        )  # fmt: skip
-        s = SIZES[size]
-        widths = (s["dim"], s["depth"], s["heads"])
-        self.encoder = Encoder(*widths, video_size, cube, positions, drop_path)
-        self.dropout = nn.Dropout(head_dropout)
-        self.head = nn.Linear(s["dim"], classes)
-        for part in (self.encoder.blocks, self.head):
-            part.apply(partial(init_linear, init_weight=partial(nn.init.trunc_normal_, std=0.02)))
-        self.head.weight.data.mul_(init_scale)  # so that training starts with small logits
+    last_norm = "encoder.norm"
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # Each token gets the last norm, as in pre-training (official code).
+        self.encoder.norm = nn.LayerNorm(self.head.in_features, eps=1e-6)
+        del self.fc_norm
 
     def forward(self, video: Tensor, boxes: Tensor) -> Tensor:
         """Video (B, T, C, H, W) and boxes (M, 5) -> logits (M, actions), float32.

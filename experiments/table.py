@@ -122,7 +122,6 @@ def real(name: str, note: str) -> dict:
         "are of all of UCF101. Fine-tuning takes 20 epochs, with 10 labels per class 60.",
         rows=[
             ("fine-tuned", 91.3, f"{name}:{tuned}"),
-            ("fine-tuned, 40 epochs", None, f"{name}:{long}"),
             ("scratch", 51.4, f"none:{tuned}"),
             ("scratch, 40 epochs", None, f"none:{long}"),
             ("10 labels per class, fine-tuned", None, f"{name}:{few}"),
