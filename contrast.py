@@ -52,7 +52,7 @@ class Config(RunConfig):
     epochs: int | None = opt(300, "passes over the videos; None: by --steps", 1)
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs: they are told from each other", 2)
-    micro: int | None = opt(None, "videos per GPU and pass: all, no batch is split here", 1)
+    micro: int | None = opt(None, "leave it out: no batch is split here", 1)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.1, "AdamW's; none on biases and norms")
@@ -76,7 +76,7 @@ PRESETS = {
     "k400": dict(stride=4),
 }  # fmt: skip
 
-COLLAPSED = 0.05  # `features` of `spread` below this (ours): those of new weights have 0.4 to 0.6
+COLLAPSED = 0.05  # `features` of `spread` below this (ours): a new network has 0.4 to 0.6
 
 
 # ------------------------------------------------------------------------------------------- views
@@ -210,7 +210,7 @@ def gather(x: Tensor) -> Tensor:
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """InfoNCE in both directions (paper, Algorithm 1): which of all keys is of the same video?
 
-    Queries (2, b, out) of this process's videos, keys (2, B, out) of all: both of both views.
+    Queries (2, b, out) of this process's videos, keys (2, B, out) of all: each of both views.
     """
     # From the first view's queries to the second view's keys, and the other way round.
     similarity = F.normalize(queries, dim=2) @ F.normalize(keys, dim=2).flip(0).mT  # (2, b, B)

@@ -10,8 +10,8 @@
 A person's box is given: the true one in training, a detector's in evaluation. What is learned is
 who does what. WEIGHTS is what finetune.py takes, or its checkpoint. Leaves runs/NAME/ with
 checkpoint.pt, log.jsonl, loss.png, results.json, predictions.csv (in AVA's format), classes.png, or
-of --predict FILM.png and FILM.gif. The loss of a clip begins at 0.69 per person. AVA: 26.7 mAP with
-ViT-B, 31.8 where K400's labels were used before (paper, Table 5).
+of --predict FILM.png and FILM.gif. The loss of a clip begins at 0.69 times its number of persons.
+AVA: 26.7 mAP with ViT-B, 31.8 where K400's labels were used before (paper, Table 5).
 """
 
 import json

@@ -178,7 +178,7 @@ def make_classifier(
         path = str(own)  # whatever --init is by now
     state, about = ({}, {}) if path == "none" else read_weights(path)
     cfg, config, line = settle_clips(cfg, preset, about, path, trained)
-    norm = getattr(Model, "last_norm", "fc_norm")
+    norm = Model.last_norm
     if f"{norm}.weight" not in state:  # a head of the other kind of model is of no use
         state = {name: x for name, x in state.items() if not name.startswith("head.")}
     if trained:
@@ -294,8 +294,7 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     The learning rate is multiplied by the group's `scale`: 1 for head and last norm, layer_decay
     for the last block, its square for the one before, and so on down to the cube embedding.
     """
-    norm = model.get_submodule(getattr(model, "last_norm", "fc_norm"))
-    head = nn.ModuleList([norm, model.head])
+    head = nn.ModuleList([model.get_submodule(model.last_norm), model.head])
     layers, groups = [model.encoder.patch_embed, *model.encoder.blocks, head], []
     for depth, layer in enumerate(reversed(layers)):
         for ndim, decay in ((1, 0.0), (2, weight_decay)):

@@ -38,7 +38,7 @@ def num_masked(total: int, ratio: float) -> int:
 def choose(video: Tensor, total: int, ratio: float, generator: Generator = None) -> Tensor:
     """(B, total) bool: in each row, num_masked(total, ratio) random places are True."""
     noise = torch.rand(len(video), total, generator=generator, device=video.device)
-    # argsort gives each place a random rank from 0 to total - 1. The lowest ranks are masked.
+    # argsort of noise is a random permutation of 0 ... total - 1: `count` numbers are below count.
     count = num_masked(total, ratio)
     return noise.argsort(dim=1) < count
 

@@ -300,6 +300,8 @@ class VideoMAE(nn.Module):
 class Classifier(nn.Module):
     """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (Table 10)."""
 
+    last_norm = "fc_norm"  # it comes from fine-tuning, as the head does
+
     def __init__(
         self, size, classes, video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
         drop_path=0.0, head_dropout=0.0, init_scale=1e-3,

@@ -6,8 +6,9 @@
     python pretrain.py --data FOLDER            # preset own: your own videos
 
 Leaves checkpoint.pt, log.jsonl, loss.png, reconstruction.png in runs/NAME. With --resume, the same
-command goes on. The log begins with the loss of the best constant prediction. For normalised cubes
-it is 1. Expect a loss that begins above it, stays near it for a while, then falls ever more slowly.
+command goes on. The log's second line is the loss of the best constant prediction. For normalised
+cubes it is 1. Expect a loss that begins above it, stays near it for a while, then falls ever more
+slowly.
 """
 
 from dataclasses import dataclass

@@ -32,7 +32,7 @@ import linprobe
 import pretrain
 from data import TOY, read_split
 from experiments import leak, report
-from experiments.table import DOWN, EXPERIMENTS, LAB, LISTS, PRETRAIN, STILL, UNTRAINED
+from experiments.table import DOWN, EXPERIMENTS, LAB, LISTS, PRETRAIN, SCRATCH, STILL
 from lib import engine
 from lib.prepare import make_toy
 
@@ -73,6 +73,7 @@ STAGES = {
     "finetune.py": finetune,
     "linprobe.py": linprobe,
 }
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # models are narrow: lib/speed.py
 PRODUCTS = {"pretrain.py": "reconstruction.png", "contrast.py": "checkpoint.pt"}
 
 
@@ -93,7 +94,7 @@ def fill(flags: str, seed: int) -> list[str]:
 
 
 def jobs_of(cell: str, seed: int) -> list[Job]:
-    """The jobs that make a cell, in their order. KeyError for names that are none."""
+    """The jobs that make a cell, in their order. KeyError for an unknown name."""
     pre, _, down = cell.partition("@")[0].partition(":")
     down = down or "tuned"
     jobs = [] if pre == "none" else [job_of(f"{pre}-s{seed}", PRETRAIN[pre], seed)]
@@ -111,20 +112,19 @@ def job_of(name: str, command: str, seed: int, *before: Job) -> Job:
     else:
         product = LAB / name / PRODUCTS.get(script, "results.json")
         preset, *words = fill(flags, seed)
-        init = f"--init {weights}" if before else UNTRAINED.get(script, "")
+        init = f"--init {weights}" if before else SCRATCH.get(script, "")
         argv = [script, preset, *init.split(), *words, "--name", f"lab/{name}"]
         argv += [] if script == "linprobe.py" else ["--resume"]
     chain = [link for job in before for link in job.chain] + [[argv, recipe(script, preset)]]
     return Job(name, argv, product, chain)
 
 
-def machine(threads: int) -> str:
+def machine() -> str:
     """What computes here, and the type of matrix products: "AMD EPYC, float32, 1 thread"."""
     gpu = torch.cuda.is_available()
     dtype = engine.precision_dtype("auto", torch.device("cuda" if gpu else "cpu"))
     name = torch.cuda.get_device_name() if gpu else processor()
-    plural = "s" if threads > 1 else ""
-    return f"{name}, {str(dtype).removeprefix('torch.')}, {threads} thread{plural}"
+    return f"{name}, {str(dtype).removeprefix('torch.')}, 1 thread"
 
 
 def processor() -> str:
@@ -138,8 +138,7 @@ class Series:
     """Runs chains of jobs, some of them at a time. `stop` ends the processes that are at work."""
 
     def __init__(self, at_once: int):
-        self.at_once, self.threads = at_once, max((os.cpu_count() or 1) // at_once, 1)
-        self.stopped, self.running = threading.Event(), {}
+        self.at_once, self.stopped, self.running = at_once, threading.Event(), {}
 
     def run_all(self, chains: list[list[Job]]) -> None:
         """Run chains side by side, the jobs of each one after another. Any error stops all."""
@@ -166,13 +165,13 @@ class Series:
         about = job.about()
         if about["chain"] != job.chain:
             raise ValueError(
-                f"{job.record} is of other commands or recipes: remove {LAB}/{job.name}*"
+                f"{job.record} is of other commands or recipes: remove it and {LAB}/{job.name}"
             )
         if job.done() or self.stopped.is_set():
             return
         line = " ".join(["python", *job.argv])
         print(line, flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        environment = os.environ | THREADS
         with open(LAB / f"{job.name}.log", "a") as log:
             # close_fds=False: the process holds the lock, too, if it outlives the series.
             process = subprocess.Popen(
@@ -184,7 +183,7 @@ class Series:
                 process.terminate()
             _, status, used = os.wait4(process.pid, 0)
             del self.running[job.name]
-        about["machines"] = sorted({*about["machines"], machine(self.threads)})
+        about["machines"] = sorted({*about["machines"], machine()})
         about["commits"] = sorted({*about["commits"], report.commit()})
         about["seconds"] += used.ru_utime + used.ru_stime  # of processor time
         about["ended"] = status == 0
@@ -218,8 +217,9 @@ def prepare(seed: int) -> None:
 
 def measure(name: str, seeds: range) -> dict:
     """An experiment as report takes it, with those of the seeds that are complete."""
-    preset = EXPERIMENTS[name].get("preset", "toy")
-    found = EXPERIMENTS[name] | {"recipes": {of: recipe(of, preset) for of in STAGES}}
+    chains = [job.chain for *_, cell in EXPERIMENTS[name]["rows"] for job in jobs_of(cell, 0)]
+    recipes = {argv[0]: recipe for chain in chains for argv, recipe in chain}
+    found = EXPERIMENTS[name] | dict(recipes=recipes)
     jobs = {seed: {cell: jobs_of(cell, seed) for *_, cell in found["rows"]} for seed in seeds}
     complete = [
         seed for seed in seeds if all(job.done() for of in jobs[seed].values() for job in of)
@@ -272,6 +272,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"name all or some of {known}, or --report")
     if args.seeds < 1 or args.first < 0 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be at least 1, --first at least 0")
+    if set(names) - set(TOYS) and args.first + args.seeds > 3:
+        raise ValueError("real clips have three folds, which are seeds 0 to 2")
 
     seeds = range(args.first, args.first + args.seeds)
     LAB.mkdir(parents=True, exist_ok=True)
