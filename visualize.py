@@ -43,7 +43,9 @@ from model import VideoMAE, normalize_cubes, patchify, to_float
 @dataclass
 class Config:
     checkpoint: str = opt("runs/pretrain-toy/checkpoint.pt", "weights of pre-training")
-    videos: tuple[str, ...] | None = opt(None, "video files, all drawn; None: test videos")
+    videos: tuple[str, ...] | None = opt(
+        None, "video files, all drawn; None: test videos of its data"
+    )
     scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn", 1)
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
@@ -347,7 +349,10 @@ def compare(paths: tuple[str, ...], out: Path) -> None:
 
 
 def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
-    """The clips of --videos, or of test videos of the data that a checkpoint was trained on."""
+    """The clips of --videos, or of test videos of the data that a checkpoint was trained on.
+
+    A list or a folder has no test part. Then they are training videos, and a line says so.
+    """
     frames, size, _ = model.encoder.video_size
     stride = about.get("stride", 4) if cfg.stride is None else cfg.stride
     choose_model(about.get("name", "videomae"), cfg.mask, stride)  # they must suit each other
@@ -357,7 +362,10 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
             raise ValueError(f"{cfg.checkpoint} knows no videos: name some with --videos")
         flags = engine.load_checkpoint(cfg.checkpoint, "pretrain")["config"]["flags"]
         where = (flags["data"], flags["splits"], flags["fold"])
-        split = read_split(*where, train=False, missing=flags.get("missing", "error"))
+        read = partial(read_split, *where, missing=flags.get("missing", "error"))
+        split = read(train=False)
+        if split == read(train=True):
+            print("the data has no test part: PSNR and figure are of videos that were trained on")
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
     clips, more = [], model.frame_factor
     for path in paths:

@@ -208,7 +208,15 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "load_checkpoint", lambda *args: checkpoint)
     about = dict(name="double", stride=4)
     assert len(visualize.read_clips(Config(), model, about)) == 3
-    assert set(asked) == {(8, 32, 2)} and "bad.avi is no video" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert set(asked) == {(8, 32, 2)} and "bad.avi is no video" in said and "part" not in said
+    with monkeypatch.context() as patch:  # a list: both parts are the same
+        patch.setattr(visualize, "read_split", lambda *args, **how: split)
+        visualize.read_clips(Config(), model, about)
+    assert (
+        "no test part: PSNR and figure are of videos that were trained on"
+        in capsys.readouterr().out
+    )
     assert len(visualize.read_clips(Config(scored=2), model, about)) == 2
     with pytest.raises(ValueError, match="no video"):  # those asked for must be readable
         visualize.read_clips(Config(videos=tuple(paths)), model, about)
