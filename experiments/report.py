@@ -212,6 +212,7 @@ def page_text(found: dict, name: str) -> str:
     machines = {}
     for seed, machine in zip(found["seeds"], found["machines"], strict=True):
         machines.setdefault(machine, []).append(str(seed))
+    commits = dict.fromkeys(" and ".join(found["commits"]).split(" and "))
     where = "; ".join(f"seeds {', '.join(seeds)} on {name}" for name, seeds in machines.items())
     total = f"{sum(found['minutes']):.0f} {MINUTES}, with the runs that other experiments share"
     paragraphs = [
@@ -220,7 +221,7 @@ def page_text(found: dict, name: str) -> str:
         "\n".join(row_lines(found)),
         "\n".join([*CLAIMS, *claim_lines(found)]),
         found["note"],
-        f"Made at commit {' and '.join(dict.fromkeys(found['commits']))}.",
+        f"Made at commit {' and '.join(commits)}.",
         f"{total}: {where}.",
         f"`python -m experiments.run {name}` makes it anew. These were the commands of seed 0:",
         "\n".join(f"    python {command}" for command in found["commands"]),
