@@ -11,6 +11,7 @@ experiments themselves are in experiments/table.py.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -134,6 +135,12 @@ def processor() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
+def end(process: subprocess.Popen) -> None:
+    """Send SIGTERM. Popen.terminate may take the exit status, for which wait4 in `run` waits."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGTERM)
+
+
 class Series:
     """Runs chains of jobs, some of them at a time. `stop` ends the processes that are at work."""
 
@@ -154,7 +161,7 @@ class Series:
         """Start nothing more. Stages save a checkpoint on this signal."""
         self.stopped.set()
         for process in list(self.running.values()):
-            process.terminate()
+            end(process)
 
     def run_chain(self, chain: list[Job]) -> None:
         for job in chain:
@@ -180,7 +187,7 @@ class Series:
             )  # fmt: skip
             self.running[job.name] = process
             if self.stopped.is_set():  # between the last look and now
-                process.terminate()
+                end(process)
             _, status, used = os.wait4(process.pid, 0)
             del self.running[job.name]
         about["machines"] = sorted({*about["machines"], machine()})
