@@ -33,6 +33,7 @@ from torch import Tensor
 from data import center_clip, read_split, spatial_views
 from lib import engine, speed
 from lib.engine import opt
+from lib.lists import listed
 from lib.variants import CenterFrame, TwiceTheFrames, choose_model
 from lib.video import read_frames, shown
 from lib.weights import build, load_model
@@ -43,9 +44,7 @@ from model import VideoMAE, normalize_cubes, patchify, to_float
 @dataclass
 class Config:
     checkpoint: str = opt("runs/pretrain-toy/checkpoint.pt", "weights of pre-training")
-    videos: tuple[str, ...] | None = opt(
-        None, "video files, all drawn; None: test videos of its data"
-    )
+    videos: tuple[str, ...] | None = opt(None, "files, all drawn; None: test videos of its data")
     scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn", 1)
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
@@ -362,9 +361,8 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
             raise ValueError(f"{cfg.checkpoint} knows no videos: name some with --videos")
         flags = engine.load_checkpoint(cfg.checkpoint, "pretrain")["config"]["flags"]
         where = (flags["data"], flags["splits"], flags["fold"])
-        read = partial(read_split, *where, missing=flags.get("missing", "error"))
-        split = read(train=False)
-        if split == read(train=True):
+        split = read_split(*where, train=False, missing=flags.get("missing", "error"))
+        if {*split.paths} <= {*listed(*where, train=True).paths}:
             print("the data has no test part: PSNR and figure are of videos that were trained on")
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
     clips, more = [], model.frame_factor

@@ -204,6 +204,8 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         visualize, "read_split", lambda *args, **how: None if how["train"] else split
     )
+    others = SimpleNamespace(paths=[tmp_path / "d.avi"])
+    monkeypatch.setattr(visualize, "listed", lambda *args, **how: how["train"] and others)
     checkpoint = {"config": {"flags": dict(data="folder", splits=None, fold=1)}}
     monkeypatch.setattr(engine, "load_checkpoint", lambda *args: checkpoint)
     about = dict(name="double", stride=4)
@@ -211,7 +213,7 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert set(asked) == {(8, 32, 2)} and "bad.avi is no video" in said and "part" not in said
     with monkeypatch.context() as patch:  # a list: both parts are the same
-        patch.setattr(visualize, "read_split", lambda *args, **how: split)
+        patch.setattr(visualize, "listed", lambda *args, **how: split)
         visualize.read_clips(Config(), model, about)
     assert (
         "no test part: PSNR and figure are of videos that were trained on"
