@@ -38,7 +38,8 @@ def num_masked(total: int, ratio: float) -> int:
 def choose(video: Tensor, total: int, ratio: float, generator: Generator = None) -> Tensor:
     """(B, total) bool: in each row, num_masked(total, ratio) random places are True."""
     noise = torch.rand(len(video), total, generator=generator, device=video.device)
-    # argsort of noise is a random permutation of 0 ... total - 1: `count` numbers are below count.
+    # argsort of noise is a random permutation of 0 ... total - 1. Exactly `count` of its numbers
+    # are below `count`.
     count = num_masked(total, ratio)
     return noise.argsort(dim=1) < count
 

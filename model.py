@@ -300,7 +300,7 @@ class VideoMAE(nn.Module):
 class Classifier(nn.Module):
     """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (Table 10)."""
 
-    last_norm = "fc_norm"  # it comes from fine-tuning, as the head does
+    last_norm = "fc_norm"  # the norm before the head; finetune.py trains it as part of the head
 
     def __init__(
         self, size, classes, video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",

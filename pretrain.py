@@ -95,16 +95,16 @@ def main(argv: list[str]) -> None:
     # The model.
     torch.manual_seed(cfg.seed)
     video_size = (cfg.frames, cfg.resolution, cfg.resolution)
-    how = dict(decoder_depth=cfg.decoder_depth, normalize=cfg.normalize, loss=cfg.loss)
-    model = Model(cfg.size, video_size, cfg.cube, cfg.positions, **how)
+    options = dict(decoder_depth=cfg.decoder_depth, normalize=cfg.normalize, loss=cfg.loss)
+    model = Model(cfg.size, video_size, cfg.cube, cfg.positions, **options)
     if cfg.init:
         print(init_model(model, cfg.init))
     model = speed.place(model, device)
 
     # AdamW. No weight decay on vectors (biases, norms) and the mask token.
-    plain = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
+    undecayed = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
     decayed = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]
-    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=plain)]
+    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=undecayed)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, cfg.beta2), fused=True)
     # The learning rate grows with the batch (section 4.2).
     peak_lr, final_lr = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256

@@ -102,10 +102,10 @@ def jobs_of(cell: str, seed: int) -> list[Job]:
     return [*jobs, job_of(f"{pre}-s{seed}-{down}", DOWN[down], seed, *jobs)]
 
 
-def job_of(name: str, command: str, seed: int, *before: Job) -> Job:
-    """The job of a command of experiments/table.py that begins with the weights of those before."""
+def job_of(name: str, command: str, seed: int, before: Job | None = None) -> Job:
+    """The job of a command of experiments/table.py, from the weights of the job before it."""
     script, _, flags = command.partition(" ")
-    weights = f"{LAB / before[-1].name}/checkpoint.pt" if before else None
+    weights = f"{LAB / before.name}/checkpoint.pt" if before else None
     if script == "-m":
         product, preset = LAB / f"{name}.json", ""
         argv = [script, *flags.split(), "--seed", str(seed)]
@@ -116,8 +116,8 @@ def job_of(name: str, command: str, seed: int, *before: Job) -> Job:
         init = f"--init {weights}" if before else SCRATCH.get(script, "")
         argv = [script, preset, *init.split(), *words, "--name", f"lab/{name}"]
         argv += [] if script == "linprobe.py" else ["--resume"]
-    chain = [link for job in before for link in job.chain] + [[argv, recipe(script, preset)]]
-    return Job(name, argv, product, chain)
+    chain = before.chain if before else []
+    return Job(name, argv, product, [*chain, [argv, recipe(script, preset)]])
 
 
 def machine() -> str:
@@ -224,9 +224,8 @@ def prepare(seed: int) -> None:
 
 def measure(name: str, seeds: range) -> dict:
     """An experiment as report takes it, with those of the seeds that are complete."""
-    chains = [job.chain for *_, cell in EXPERIMENTS[name]["rows"] for job in jobs_of(cell, 0)]
-    recipes = {argv[0]: recipe for chain in chains for argv, recipe in chain}
-    found = EXPERIMENTS[name] | dict(recipes=recipes)
+    found = EXPERIMENTS[name]
+    first = [job for *_, cell in found["rows"] for job in jobs_of(cell, 0)]
     jobs = {seed: {cell: jobs_of(cell, seed) for *_, cell in found["rows"]} for seed in seeds}
     complete = [
         seed for seed in seeds if all(job.done() for of in jobs[seed].values() for job in of)
@@ -251,10 +250,10 @@ def measure(name: str, seeds: range) -> dict:
         list({job.name: job for of in jobs[seed].values() for job in of}.values())
         for seed in complete
     ]
-    commands = [" ".join(job.argv) for *_, cell in found["rows"] for job in jobs_of(cell, 0)]
     return found | dict(
         rows=rows,
-        commands=list(dict.fromkeys(commands)),
+        recipes={job.argv[0]: job.chain[-1][1] for job in first},
+        commands=list(dict.fromkeys(" ".join(job.argv) for job in first)),
         seeds=complete,
         minutes=[minutes(of) for of in distinct],
         machines=[of_all(seed, "machines") for seed in complete],

@@ -60,12 +60,11 @@ REAL_CONTRAST = (
 )
 PRETRAIN |= {
     "ucf101_5": f"pretrain.py {REAL['ucf101_5']} {REAL_PRETRAIN}",
-    "ucf101_5-image": f"pretrain.py {REAL['ucf101_5']} {REAL_PRETRAIN} --stride 0",
     "ucf101_5-moco": f"contrast.py {REAL['ucf101_5']} {REAL_CONTRAST}",
     "tennis7": f"pretrain.py {REAL['tennis7']} {REAL_PRETRAIN} --ratio 0.75",
-    "tennis7-image": f"pretrain.py {REAL['tennis7']} {REAL_PRETRAIN} --ratio 0.75 --stride 0",
     "tennis7-moco": f"contrast.py {REAL['tennis7']} {REAL_CONTRAST} --no-flip",
 }
+PRETRAIN |= {f"{name}-image": f"{PRETRAIN[name]} --stride 0" for name in REAL}  # still frames
 LISTS = {"few": 25, "half": 50}  # lists of videos for pre-training: how many per class, of 100
 
 DOWN = {
