@@ -1,10 +1,10 @@
 """Section 3.2 of the paper: what can be copied under each kind of mask?
 
-    python -m experiments.leak --checkpoint CKPT --mask tube --out FILE.json
+    python -m experiments.leak --checkpoint CKPT --data FOLDER --splits LIST --mask tube --out JSON
 
 Writes the PSNR on masked pixels of a model, and of copies of the nearest visible cube, mean over
-test videos: for the third of the places that changes least in time ("still"), and for the third
-that changes most ("moving").
+the videos of a list: for the third of the places that changes least in time ("still"), and for the
+third that changes most ("moving").
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import visualize
+from data import read_split
 from lib import engine
 from lib.engine import opt
 from lib.weights import load_model
@@ -26,9 +27,10 @@ from model import patchify
 @dataclass
 class Config:
     checkpoint: str | None = opt(None, "weights of pretrain.py")
+    data: str | None = opt(None, "folder of the videos")
+    splits: str | None = opt(None, "list of the test videos")
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     ratio: float = opt(0.75, "mask ratio")
-    scored: int = opt(200, "test videos", 1)
     seed: int = opt(0, "seed of the masks", 0)
     out: str | None = opt(None, "JSON to write")
 
@@ -55,9 +57,10 @@ def main(argv: list[str]) -> None:
     if not cfg.checkpoint or not cfg.out:
         raise ValueError("name --checkpoint and --out")
     model, about = load_model(cfg.checkpoint)
-    figure = visualize.Config(checkpoint=cfg.checkpoint, scored=cfg.scored)
+    frames, size, _ = model.encoder.video_size
     sums, counts = Counter(), Counter()
-    for number, clip in enumerate(visualize.read_clips(figure, model, about)):
+    for number, path in enumerate(read_split(cfg.data, cfg.splits).paths):
+        clip = visualize.load_clip(path, frames, size, about["stride"])
         generator = torch.Generator()
         generator.manual_seed(engine.derive_seed("figure", cfg.seed, number))
         mask = MASKS[cfg.mask](clip, model.encoder.grid, cfg.ratio, generator)

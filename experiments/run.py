@@ -1,9 +1,9 @@
-"""The paper's tables and figures at toy scale: make any of them again on two CPU cores.
+"""The paper's tables and figures on a few hundred real clips: make them again on two CPU cores.
 
-    python -m experiments.run table1b                        # or several, or all: seeds 0, 1, 2
-    python -m experiments.run ucf101_5 tennis7               # three folds of real clips, not of all
-    python -m experiments.run table1b --first 3 --seeds 1    # seed 3, added to those of the page
-    python -m experiments.run --report                       # pages and list from runs/lab
+    python -m experiments.run ucf101_5                     # or several, or all; three folds
+    python -m experiments.run table1b --seeds 1            # the first fold alone, which is seed 0
+    python -m experiments.run table1b --first 1 --seeds 2  # the others, added to the page
+    python -m experiments.run --report                     # pages and list from runs/lab
 
 What several experiments need is run once. If a series ends early, the same command continues it.
 The pages are experiments/results/NAME.md, .json and .png; docs/results.md lists all claims. The
@@ -31,11 +31,10 @@ import contrast
 import finetune
 import linprobe
 import pretrain
-from data import TOY, read_split
+from data import read_split
 from experiments import leak, report
-from experiments.table import DOWN, EXPERIMENTS, LAB, LISTS, PRETRAIN, SCRATCH, STILL
+from experiments.table import DATA, DOWN, EXPERIMENTS, LAB, PRETRAIN, SCRATCH, SHOTS
 from lib import engine
-from lib.prepare import make_toy
 
 # ------------------------------------------------------------------------------------------- jobs
 
@@ -66,8 +65,6 @@ class Job:
         return about["chain"] == self.chain and about.get("ended", False) and self.product.exists()
 
 
-# The experiments that need no download: `all`.
-TOYS = [name for name, experiment in EXPERIMENTS.items() if "preset" not in experiment]
 STAGES = {
     "pretrain.py": pretrain,
     "contrast.py": contrast,
@@ -85,13 +82,12 @@ def recipe(script: str, preset: str) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def fill(flags: str, seed: int) -> list[str]:
-    """The words of flags of experiments/table.py for a seed, or for the fold that stands for it.
+def fill(command: str, seed: int) -> list[str]:
+    """The words of a command of experiments/table.py for a seed, which stands for a fold.
 
-    Folds all have the default seed.
+    Stages get their default seed in all folds.
     """
-    words = flags.replace("SEED", str(seed)).replace("FOLD", str(seed + 1)).split()
-    return words if "FOLD" in flags else [*words, "--seed", str(seed)]
+    return command.replace("SEED", str(seed)).replace("FOLD", str(seed + 1)).split()
 
 
 def jobs_of(cell: str, seed: int) -> list[Job]:
@@ -104,15 +100,13 @@ def jobs_of(cell: str, seed: int) -> list[Job]:
 
 def job_of(name: str, command: str, seed: int, before: Job | None = None) -> Job:
     """The job of a command of experiments/table.py, from the weights of the job before it."""
-    script, _, flags = command.partition(" ")
+    script, preset, *words = fill(command, seed)
     weights = f"{LAB / before.name}/checkpoint.pt" if before else None
     if script == "-m":
-        product, preset = LAB / f"{name}.json", ""
-        argv = [script, *flags.split(), "--seed", str(seed)]
-        argv += ["--checkpoint", weights, "--out", str(product)]
+        product = LAB / f"{name}.json"
+        argv = [script, preset, *words, "--checkpoint", weights, "--out", str(product)]
     else:
         product = LAB / name / PRODUCTS.get(script, "results.json")
-        preset, *words = fill(flags, seed)
         init = f"--init {weights}" if before else SCRATCH.get(script, "")
         argv = [script, preset, *init.split(), *words, "--name", f"lab/{name}"]
         argv += [] if script == "linprobe.py" else ["--resume"]
@@ -212,14 +206,18 @@ def chains_of(names: list[str], seed: int) -> list[list[Job]]:
     return [list(chain.values()) for chain in chains.values()]
 
 
-def prepare(seed: int) -> None:
-    """Make the videos, and the lists of some videos that a seed draws."""
-    make_toy(TOY)
-    make_toy(STILL, still=True)
-    for name, shots in LISTS.items():
-        paths = sorted(finetune.draw_shots(read_split(TOY), shots, seed).paths)
-        lines = [f"{path.relative_to(TOY)}\n" for path in paths]
-        engine.write_whole(LAB / f"{name}-s{seed}.txt", "".join(lines))
+def few_list(seed: int) -> Path:
+    """The list of the few videos of ucf101_5 whose labels fine-tuning gets with --shots."""
+    return LAB / f"few-s{seed}.txt"
+
+
+def write_few(seed: int) -> None:
+    """Write that list."""
+    words = fill(DATA["ucf101_5"], seed)
+    data, splits = (words[words.index(flag) + 1] for flag in ("--data", "--splits"))
+    few = finetune.draw_shots(read_split(data, splits), SHOTS, seed=0)
+    lines = [f"{path.relative_to(data)}\n" for path in sorted(few.paths)]
+    engine.write_whole(few_list(seed), "".join(lines))
 
 
 def measure(name: str, seeds: range) -> dict:
@@ -266,20 +264,20 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = ", ".join(EXPERIMENTS)
-    about = f"all of toy videos (all), or some of {known}"
+    about = f"all, or some of {known}"
     parser.add_argument("names", nargs="*", metavar="NAME", help=about)
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many folds (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--report", action="store_true", help="run nothing, read these seeds' runs")
     args = parser.parse_args(argv)
-    names = TOYS if args.names == ["all"] else args.names
+    names = list(EXPERIMENTS) if args.names == ["all"] else args.names
     if set(names) - set(EXPERIMENTS) or bool(names) == args.report:
         raise ValueError(f"name all or some of {known}, or --report")
     if args.seeds < 1 or args.first < 0 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be at least 1, --first at least 0")
-    if set(names) - set(TOYS) and args.first + args.seeds > 3:
-        raise ValueError("real clips have three folds, which are seeds 0 to 2")
+    if args.first + args.seeds > 3:
+        raise ValueError("there are three folds: seeds 0 to 2")
 
     seeds = range(args.first, args.first + args.seeds)
     LAB.mkdir(parents=True, exist_ok=True)
@@ -300,9 +298,10 @@ def run_series(names: list[str], seeds: range, at_once: int) -> None:
             raise ValueError(f"another series is at work in {LAB}") from None
         try:
             for seed in seeds:
-                if any(name in TOYS for name in names):
-                    prepare(seed)
-                Series(at_once).run_all(chains_of(names, seed))
+                chains = chains_of(names, seed)
+                if any(str(few_list(seed)) in job.argv for chain in chains for job in chain):
+                    write_few(seed)
+                Series(at_once).run_all(chains)
         except KeyboardInterrupt:
             sys.exit("stopped: the same command continues")
 

@@ -67,25 +67,19 @@ def test_toy_data_set_has_ucf101s_layout(tmp_path):
 def test_toy_videos_are_those_of_their_seed():
     digest = hashlib.sha256()
     for number, motion in enumerate(MOTIONS):
-        for still in (False, True):
-            video = toy_video(motion, np.random.default_rng((0, number)), still=still)
-            digest.update(np.ascontiguousarray(video[::8, ::6, ::6]).tobytes())
-    assert digest.hexdigest()[:16] == "23ad1aa538011884"
+        video = toy_video(motion, np.random.default_rng((0, number)))
+        digest.update(np.ascontiguousarray(video[::8, ::6, ::6]).tobytes())
+    assert digest.hexdigest()[:16] == "3e09d1703a7425ac"
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_toy_videos_move_and_still_ones_in_a_disc_alone(motion):
+def test_toy_videos_move(motion):
     video = toy_video(motion, np.random.default_rng(5)).astype(float)
     calm = video.reshape(len(video), 9, 6, 9, 6, 3).mean(axis=(2, 4))  # most noise is gone
     assert abs(calm[12] - calm[0]).max() > 20 and calm.std(axis=(1, 2)).mean() > 10
     if motion in ("Slide0", "Slide90"):  # waves lie across their axis: columns, or rows
         change = [abs(np.diff(video[:6].mean(axis=0), axis=axis)).mean() for axis in (0, 1)]
         assert (change[1] > change[0]) == (motion == "Slide0")
-    still = toy_video(motion, np.random.default_rng(5), still=True).astype(float)
-    change = abs(still[6:] - still[:-6]).mean(axis=(0, 3)).reshape(9, 6, 9, 6).mean(axis=(1, 3))
-    noise = 255 * 0.05 * 2 / np.pi**0.5  # of the difference of two noises
-    assert still.shape == video.shape and change.max() > 2 * noise
-    assert 0.5 < (change < 1.2 * noise).mean() < 0.9  # most places stand still
 
 
 # many files
