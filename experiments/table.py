@@ -11,6 +11,7 @@ DOWN is what comes after it. KEY picks a number; without one it is top-1 in %.
 from pathlib import Path
 
 from experiments.report import MINUTES, OURS
+from masking import MASKS
 
 LAB = Path("runs/lab")
 SHOTS = 10  # labels per class where they are few
@@ -76,7 +77,7 @@ for name, data in DATA.items():
         f"{name}-few": f"{tuned} --shots {SHOTS} --epochs 60 --warmup 6",
         f"{name}-probe": f"linprobe.py own {test} {MODEL} --batch 32 --crops 1",
     }
-for mask in ("tube", "random", "frame"):
+for mask in MASKS:
     test = "--data datasets/UCF-101 --splits experiments/lists/ucf101_5_testFOLD.txt"
     DOWN[f"leak-{mask}"] = f"-m experiments.leak {test} --mask {mask} --ratio 0.875"
 PRETRAIN |= {  # with labels, on still frames
@@ -85,12 +86,6 @@ PRETRAIN |= {  # with labels, on still frames
 SCRATCH = {  # in place of weights
     "finetune.py": "--init none --init-scale 1",
     "linprobe.py": "--init random",
-}
-
-LEAK = {  # cells of the masks that a model was trained with
-    "tube": "short:leak-tube",
-    "random": "random90:leak-random",
-    "frame": "frame87:leak-frame",
 }
 
 
@@ -314,20 +309,21 @@ EXPERIMENTS = {
     ),
     "leak": dict(
         title="Section 3.2: what leaks",
-        note="87.5 % are hidden in test clips. Nearest: the nearest cube is copied.",
+        note="87.5 % are hidden in test clips. Nearest: the nearest visible cube is copied. The "
+        "model was trained with tubes.",
         unit="PSNR, dB",
         rows=[
-            (f"{mask}, {part}, {key}", None, f"{cell}@{key} {part}")
+            (f"{mask}, {part}, {key}", None, f"ucf101_5:leak-{mask}@{key} {part}")
             for key in ("model", "nearest")
             for part in ("still", "moving")
-            for mask, cell in LEAK.items()
+            for mask in MASKS
         ],
         claims=[
             (
                 f"{mask} masks leak {part} places, {key}",
                 None if part == "still" else OURS,
-                f"{LEAK[mask]}@{key} {part}",
-                f"{LEAK['tube']}@{key} {part}",
+                f"ucf101_5:leak-{mask}@{key} {part}",
+                f"ucf101_5:leak-tube@{key} {part}",
             )
             for key in ("model", "nearest")
             for part in ("still", "moving")

@@ -301,8 +301,8 @@ def test_scores(lab):
     assert scores == [50, 100, 0]
     finish(PROBE, 0, top1=50.0, knn=40.0)
     assert read_score(jobs_of(PROBE, 0)[-1].product, "knn") == 40
-    finish("short:leak-tube", 0, psnr={"model still": 20.5})
-    assert read_score(jobs_of("short:leak-tube", 0)[-1].product, "model still") == 20.5
+    finish("ucf101_5:leak-tube", 0, psnr={"model still": 20.5})
+    assert read_score(jobs_of("ucf101_5:leak-tube", 0)[-1].product, "model still") == 20.5
 
 
 def test_measure(lab):
