@@ -23,6 +23,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -299,7 +300,11 @@ def run_series(names: list[str], seeds: range, at_once: int) -> None:
         try:
             for seed in seeds:
                 chains = chains_of(names, seed)
-                if any(str(few_list(seed)) in job.argv for chain in chains for job in chain):
+                words = [word for chain in chains for job in chain for word in job.argv]
+                for flag, folder in pairwise(words):
+                    if flag == "--data" and not Path(folder).is_dir():
+                        raise ValueError(f"{folder} is not there: link the data set to it")
+                if str(few_list(seed)) in words:
                     write_few(seed)
                 Series(at_once).run_all(chains)
         except KeyboardInterrupt:

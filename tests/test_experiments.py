@@ -257,6 +257,9 @@ def test_the_list_of_few_videos(lab, monkeypatch):
     monkeypatch.setattr(run, "read_split", lambda *where: asked.append(where) or part)
     monkeypatch.setattr(Series, "run_all", lambda self, chains: None)
     asked = []
+    with pytest.raises(ValueError, match="datasets/UCF-101 is not there: link the data set to it"):
+        run.run_series(["table1b"], range(1), 1)
+    Path("datasets/UCF-101").mkdir(parents=True)
     run.run_series(["table1b"], range(1), 1)
     assert not asked
     run.run_series(["table2"], range(1, 2), 1)
