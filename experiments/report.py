@@ -4,11 +4,11 @@ A page is results/NAME.json, with everything that is known, and NAME.md and NAME
 The JSON holds
 
     title, note   about the experiment; perhaps unit, of its numbers, and axis, of its plot
-    rows          label, the paper's number or None, cell, and for each seed ours and minutes
+    rows          label, the paper's number or None, cell, and for each fold ours and minutes
     claims        (text, the paper's gap, cell, cell): the first cell is better than the second
-    commands      what makes it, seed 0
+    commands      what makes it, fold 1
     recipes       the presets that the commands start from
-    seeds         and for each of them minutes of one core, machines, commits
+    folds         and for each of them minutes of one core, names of machines, commits
 """
 
 import json
@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from visualize import class_accuracy, read_predictions
 
 TOP1 = "top-1, %"  # the unit of rows, unless an experiment names another
 MINUTES = "minutes of one core"  # an axis: what the runs of a row took
-OURS = "not theirs"  # in place of the paper's gap: the paper does not make this claim
+NOT_THEIRS = "not theirs"  # in place of the paper's gap: the paper does not make this claim
 MARK = "<!-- experiments -->\n"  # before and after the table in docs/results.md
 CLAIMS = [
-    "| claim | gap in the paper | gap here: mean ± deviation (seeds) | verdict |",
+    "| claim | gap in the paper | gap here: mean ± deviation (folds) | verdict |",
     "|---|---|---|---|",
 ]
 
@@ -66,26 +67,24 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{np.mean(values):{sign}.1f}{deviation} ({each})"
 
 
-# Student's t for a two-sided 95 % interval of the mean of 2, 3 ... 11 values.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+STUDENT = {2: 12.71, 3: 4.30}  # t for a two-sided 95 % interval of the mean of so many values
 
 
 def verdict(gaps: list[float]) -> str:
-    """Whether the gaps of the seeds bear out a claim: "agrees", "**disagrees**" or "open".
+    """Whether the gaps of the folds bear out a claim: "agrees", "**disagrees**" or "open".
 
-    Open where the 95 % interval of their mean holds zero. For more than 11 seeds the t of 11 is
-    used, which is a little strict.
+    Open where the 95 % interval of their mean holds zero.
     """
     if len(gaps) < 2:
         return "open"
-    half = STUDENT[min(len(gaps), 11) - 2] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+    half = STUDENT[len(gaps)] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
     if abs(np.mean(gaps)) <= half:
         return "open"
     return "agrees" if np.mean(gaps) > 0 else "**disagrees**"
 
 
 def claims_of(found: dict) -> list[tuple[str, float | str | None, list[float]]]:
-    """An experiment's claims: text, the paper's gap (None: no number), our gap for each seed.
+    """An experiment's claims: text, the paper's gap (None: no number), our gap for each fold.
 
     Without any, the claims are that the paper's best row is better than each of its other rows.
     """
@@ -105,20 +104,14 @@ def claims_of(found: dict) -> list[tuple[str, float | str | None, list[float]]]:
     return [(text, gap, (total(a) - total(b)).tolist()) for text, gap, a, b in claims]
 
 
-def mean_minutes(row: dict) -> float | None:
-    """What a row took, the mean of the seeds of which it is known."""
-    known = [minutes for minutes in row["minutes"] if minutes is not None]
-    return float(np.mean(known)) if known else None
-
-
 # ------------------------------------------------------------------------------------------ plots
 
 PAPER = dict(s=22, marker="D", color="tab:red", zorder=3, label="the paper's")
-SEED = dict(s=9, zorder=3)
+FOLD = dict(s=9, zorder=3)
 
 
 def plot_bars(found: dict, axis) -> None:
-    """A bar for each row, at its mean; dots are seeds. Labels "x, series" take a series' colour."""
+    """A bar for each row, at its mean; dots are folds. Labels "x, series" take a series' colour."""
     rows = found["rows"]
     series = [row["label"].partition(", ")[2] for row in rows]
     names = list(dict.fromkeys(series))
@@ -126,7 +119,7 @@ def plot_bars(found: dict, axis) -> None:
     colors = [f"C{names.index(name) if grouped else 0}" for name in series]
     axis.barh(range(len(rows)), [np.mean(row["ours"]) for row in rows], color=colors, alpha=0.5)
     dots = [(value, place) for place, row in enumerate(rows) for value in row["ours"]]
-    axis.scatter(*zip(*dots, strict=True), **SEED, color="black", label="a seed")
+    axis.scatter(*zip(*dots, strict=True), **FOLD, color="black", label="a fold")
     theirs = [(row["paper"], place) for place, row in enumerate(rows) if row["paper"] is not None]
     if theirs:
         axis.scatter(*zip(*theirs, strict=True), **PAPER)
@@ -135,27 +128,27 @@ def plot_bars(found: dict, axis) -> None:
 
 
 def plot_curves(found: dict, axis) -> None:
-    """A curve through the means for each series of labels "x, series"; dots are seeds.
+    """A curve through the means for each series of labels "x, series"; dots are folds.
 
     With the axis MINUTES, x is what the runs took, and the x of the label stands at the point.
     """
     timed, curves = found["axis"] == MINUTES, {}
     for row in found["rows"]:
         x, _, series = row["label"].partition(", ")
-        place = mean_minutes(row) if timed else float(x)
+        place = np.mean(row["minutes"]) if timed else float(x)
         curves.setdefault(series, []).append((place, x, row))
     for color, (series, points) in enumerate(curves.items()):
         points.sort(key=lambda point: point[0])
         means = [np.mean(row["ours"]) for *_, row in points]
         axis.plot([x for x, *_ in points], means, color=f"C{color}", label=series or "ours")
         dots = [(x, value) for x, _, row in points for value in row["ours"]]
-        axis.scatter(*zip(*dots, strict=True), **SEED, color=f"C{color}")
+        axis.scatter(*zip(*dots, strict=True), **FOLD, color=f"C{color}")
         for (x, name, _), mean in zip(points, means, strict=True):
             if timed:
                 axis.annotate(
                     name, (x, mean), (0, -9), textcoords="offset points", fontsize=6, ha="center"
                 )
-    axis.scatter([], [], **SEED, color="gray", label="a seed")
+    axis.scatter([], [], **FOLD, color="gray", label="a fold")
     points = [point for points in curves.values() for point in points]
     theirs = [(x, row["paper"]) for x, _, row in points if row["paper"] is not None]
     if theirs and not timed:  # the paper took other times
@@ -190,30 +183,24 @@ def claim_lines(found: dict) -> list[str]:
 
 
 def row_lines(found: dict) -> list[str]:
-    """An experiment's rows as a table, with the minutes of each row where they are known."""
-    unit, seeds = found.get("unit", TOP1), ", ".join(map(str, found["seeds"]))
-    lines = [f"| | paper | ours, {unit}: mean ± deviation (seeds {seeds}) |", "|---|---|---|"]
+    """An experiment's rows as a table, with the minutes of each row."""
+    unit, folds = found.get("unit", TOP1), ", ".join(map(str, found["folds"]))
+    lines = [f"| | paper | ours, {unit}: mean ± deviation (folds {folds}) |", "|---|---|---|"]
     for row in found["rows"]:
         paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
         lines.append(f"| {row['label']} | {paper} | {spread(row['ours'])} |")
-    shared = any("@" in row["cell"] for row in found["rows"])  # many rows of one run
-    minutes = [mean_minutes(row) for row in found["rows"]]
-    if shared or None in minutes:
+    if any("@" in row["cell"] for row in found["rows"]):  # many rows of one run
         return lines
-    each = zip(found["seeds"], *(row["minutes"] for row in found["rows"]), strict=True)
-    known = [str(seed) for seed, *values in each if None not in values]
-    which = f" (seed {', '.join(known)})" if len(known) < len(found["seeds"]) else ""
-    cells = [MINUTES + which, "---", *(f"{value:.1f}" for value in minutes)]
+    minutes = (f"{np.mean(row['minutes']):.1f}" for row in found["rows"])
+    cells = [MINUTES, "---", *minutes]
     return [f"{line} {cell} |" for line, cell in zip(lines, cells, strict=True)]
 
 
 def page_text(found: dict, name: str) -> str:
     """The page of an experiment, in Markdown."""
-    machines = {}
-    for seed, machine in zip(found["seeds"], found["machines"], strict=True):
-        machines.setdefault(machine, []).append(str(seed))
-    commits = dict.fromkeys(" and ".join(found["commits"]).split(" and "))
-    where = "; ".join(f"seeds {', '.join(seeds)} on {name}" for name, seeds in machines.items())
+    commits, machines = (
+        " and ".join(sorted(set(chain(*found[key])))) for key in ("commits", "machines")
+    )
     total = f"{sum(found['minutes']):.0f} {MINUTES}, with the runs that other experiments share"
     paragraphs = [
         f"# {found['title']}",
@@ -221,9 +208,9 @@ def page_text(found: dict, name: str) -> str:
         "\n".join(row_lines(found)),
         "\n".join([*CLAIMS, *claim_lines(found)]),
         found["note"],
-        f"Made at commit {' and '.join(commits)}.",
-        f"{total}: {where}.",
-        f"`python -m experiments.run {name}` makes it anew. These were the commands of seed 0:",
+        f"Made at commit {commits}.",
+        f"{total}: {machines}.",
+        f"`python -m experiments.run {name}` makes it anew. These were the commands of fold 1:",
         "\n".join(f"    python {command}" for command in found["commands"]),
     ]
     return "\n\n".join(paragraphs) + "\n"
@@ -235,29 +222,29 @@ def write_page(found: dict, page: Path) -> None:
     plot(found, page.with_suffix(".png"))
     page.with_suffix(".md").write_text(page_text(found, page.name))
     page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"wrote {page}.md, .png and .json: {len(found['seeds'])} seeds")
+    print(f"wrote {page}.md, .png and .json: {len(found['folds'])} folds")
 
 
 def made_by(found: dict) -> list:
-    """What an experiment's numbers depend on, besides seeds."""
+    """What an experiment's numbers depend on, besides folds."""
     return [found["commands"], found["recipes"], sorted(row["cell"] for row in found["rows"])]
 
 
-def with_seeds(found: dict, old: dict) -> dict:
-    """An experiment with its seeds and those that only an earlier page of the same cells has."""
-    order = sorted({*found["seeds"], *old["seeds"]})
+def with_folds(found: dict, old: dict) -> dict:
+    """An experiment with its folds and those that only an earlier page of the same cells has."""
+    order = sorted({*found["folds"], *old["folds"]})
 
     def merge(new: list, before: list) -> list:
-        known = dict(zip(old["seeds"], before, strict=True))
-        known |= dict(zip(found["seeds"], new, strict=True))
-        return [known[seed] for seed in order]
+        known = dict(zip(old["folds"], before, strict=True))
+        known |= dict(zip(found["folds"], new, strict=True))
+        return [known[fold] for fold in order]
 
     at = {row["cell"]: row for row in old["rows"]}
     rows = []
     for row in found["rows"]:
         before = at[row["cell"]]
         rows.append(row | {key: merge(row[key], before[key]) for key in ("ours", "minutes")})
-    keys = ("seeds", "minutes", "machines", "commits")
+    keys = ("folds", "minutes", "machines", "commits")
     return found | {key: merge(found[key], old[key]) for key in keys} | {"rows": rows}
 
 
@@ -265,16 +252,16 @@ def update_page(found: dict, page: Path) -> dict:
     """Write a page if there is something new. Returns the experiment as the page now holds it.
 
     Seeds that the page has already stay in it. Where it was made by other cells, commands or
-    recipes, the one with more seeds stays.
+    recipes, the one with more folds stays.
     """
     file = page.with_suffix(".json")
     old = json.loads(file.read_text()) if file.exists() else None
     if old and made_by(old) == made_by(found):
-        found = with_seeds(found, old)
-    elif old and len(old["seeds"]) > len(found["seeds"]):
-        print(f"{page}.md is of other commands or recipes and of more seeds: kept")
+        found = with_folds(found, old)
+    elif old and len(old["folds"]) > len(found["folds"]):
+        print(f"{page}.md is of other commands or recipes and of more folds: kept")
         return old
-    if found["seeds"] and found != old:
+    if found["folds"] and found != old:
         write_page(found, page)
     return found
 
@@ -284,17 +271,17 @@ def report(experiments: dict[str, dict], folder: Path, overview: Path) -> None:
     lines = list(CLAIMS)
     for name, found in experiments.items():
         found = update_page(json.loads(json.dumps(found)), folder / name)
-        if not found["seeds"]:
+        if not found["folds"]:
             continue
         claims = claim_lines(found)
         if len(claims) > 8:
             gaps = claims_of(found)
             counts = Counter(verdict(ours) for *_, ours in gaps)
             said = ", ".join(f"{count} {word}" for word, count in counts.items())
-            whose = OURS if all(paper == OURS for _, paper, _ in gaps) else ""
+            whose = NOT_THEIRS if all(paper == NOT_THEIRS for _, paper, _ in gaps) else ""
             claims = [f"| {len(claims)} claims | {whose} | | {said} |"]
         link = os.path.relpath(folder / f"{name}.md", overview.parent)
-        took = f"{sum(found['minutes']):.0f} {MINUTES}, {len(found['seeds'])} seeds"
+        took = f"{sum(found['minutes']):.0f} {MINUTES}, {len(found['folds'])} folds"
         lines += [f"| **[{found['title']}]({link})** | | {took} | |", *claims]
     parts = overview.read_text().split(MARK) if overview.exists() else []
     if len(parts) == 3 and len(lines) > len(CLAIMS):

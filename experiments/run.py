@@ -1,9 +1,8 @@
 """The paper's tables and figures on a few hundred real clips: make them again on two CPU cores.
 
-    python -m experiments.run ucf101_5                     # or several, or all; three folds
-    python -m experiments.run table1b --seeds 1            # the first fold alone, which is seed 0
-    python -m experiments.run table1b --first 1 --seeds 2  # the others, added to the page
-    python -m experiments.run --report                     # pages and list from runs/lab
+    python -m experiments.run ucf101_5               # or several, or all; three folds
+    python -m experiments.run table1b --folds 1      # one fold; the others may be added later
+    python -m experiments.run --report               # pages and list from runs/lab
 
 What several experiments need is run once. If a series ends early, the same command continues it.
 The pages are experiments/results/NAME.md, .json and .png; docs/results.md lists all claims. The
@@ -34,7 +33,7 @@ import linprobe
 import pretrain
 from data import read_split
 from experiments import leak, report
-from experiments.table import DATA, DOWN, EXPERIMENTS, LAB, PRETRAIN, SCRATCH, SHOTS
+from experiments.table import DATA, DOWN, EXPERIMENTS, FEW_LIST, LAB, PRETRAIN, SCRATCH, SHOTS
 from lib import engine
 
 # ------------------------------------------------------------------------------------------- jobs
@@ -42,7 +41,7 @@ from lib import engine
 
 @dataclass(frozen=True)
 class Job:
-    """A command of python that runs in LAB. Done when it ended well and left its product."""
+    """A command of python. It is done when it ended well and left its product, which is in LAB."""
 
     name: str
     argv: list[str]
@@ -83,25 +82,16 @@ def recipe(script: str, preset: str) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def fill(command: str, seed: int) -> list[str]:
-    """The words of a command of experiments/table.py for a seed, which stands for a fold.
-
-    Stages get their default seed in all folds.
-    """
-    return command.replace("SEED", str(seed)).replace("FOLD", str(seed + 1)).split()
-
-
-def jobs_of(cell: str, seed: int) -> list[Job]:
+def jobs_of(cell: str, fold: int) -> list[Job]:
     """The jobs that make a cell, in their order. KeyError for an unknown name."""
-    pre, _, down = cell.partition("@")[0].partition(":")
-    down = down or "tuned"
-    jobs = [] if pre == "none" else [job_of(f"{pre}-s{seed}", PRETRAIN[pre], seed)]
-    return [*jobs, job_of(f"{pre}-s{seed}-{down}", DOWN[down], seed, *jobs)]
+    pre, down = cell.partition("@")[0].split(":")
+    jobs = [] if pre == "none" else [job_of(f"{pre}-fold{fold}", PRETRAIN[pre], fold)]
+    return [*jobs, job_of(f"{pre}-fold{fold}-{down}", DOWN[down], fold, *jobs)]
 
 
-def job_of(name: str, command: str, seed: int, before: Job | None = None) -> Job:
+def job_of(name: str, command: str, fold: int, before: Job | None = None) -> Job:
     """The job of a command of experiments/table.py, from the weights of the job before it."""
-    script, preset, *words = fill(command, seed)
+    script, preset, *words = command.replace("FOLD", str(fold)).split()
     weights = f"{LAB / before.name}/checkpoint.pt" if before else None
     if script == "-m":
         product = LAB / f"{name}.json"
@@ -137,16 +127,16 @@ def end(process: subprocess.Popen) -> None:
 
 
 class Series:
-    """Runs chains of jobs, some of them at a time. `stop` ends the processes that are at work."""
+    """Runs groups of jobs, some of them at a time. `stop` ends the processes that are at work."""
 
     def __init__(self, at_once: int):
         self.at_once, self.stopped, self.running = at_once, threading.Event(), {}
 
-    def run_all(self, chains: list[list[Job]]) -> None:
-        """Run chains side by side, the jobs of each one after another. Any error stops all."""
+    def run_all(self, groups: list[list[Job]]) -> None:
+        """Run groups side by side, the jobs of each one after another. Any error stops all."""
         with ThreadPoolExecutor(self.at_once) as pool:
             try:
-                for future in as_completed([pool.submit(self.run_chain, c) for c in chains]):
+                for future in as_completed([pool.submit(self.run_group, jobs) for jobs in groups]):
                     future.result()
             except BaseException:
                 self.stop()
@@ -158,8 +148,8 @@ class Series:
         for process in list(self.running.values()):
             end(process)
 
-    def run_chain(self, chain: list[Job]) -> None:
-        for job in chain:
+    def run_group(self, jobs: list[Job]) -> None:
+        for job in jobs:
             self.run(job)
 
     def run(self, job: Job) -> None:
@@ -196,67 +186,57 @@ class Series:
             )
 
 
-def chains_of(names: list[str], seed: int) -> list[list[Job]]:
+def groups_of(names: list[str], fold: int) -> list[list[Job]]:
     """Each pre-training that experiments need, with all that comes after it; nothing twice."""
-    chains = {}
+    groups = {}
     for name in names:
         for _, _, cell in EXPERIMENTS[name]["rows"]:
-            jobs = jobs_of(cell, seed)
-            chain = chains.setdefault(jobs[0].name, {})
-            chain.update({job.name: job for job in jobs})
-    return [list(chain.values()) for chain in chains.values()]
+            jobs = jobs_of(cell, fold)
+            group = groups.setdefault(jobs[0].name, {})
+            group.update({job.name: job for job in jobs})
+    return [list(group.values()) for group in groups.values()]
 
 
-def few_list(seed: int) -> Path:
-    """The list of the few videos of ucf101_5 whose labels fine-tuning gets with --shots."""
-    return LAB / f"few-s{seed}.txt"
-
-
-def write_few(seed: int) -> None:
-    """Write that list."""
-    words = fill(DATA["ucf101_5"], seed)
-    data, splits = (words[words.index(flag) + 1] for flag in ("--data", "--splits"))
+def write_few(out: str, fold: int) -> None:
+    """Write the list of the few videos of ucf101_5 whose labels fine-tuning gets with --shots."""
+    _, data, *_, splits = DATA["ucf101_5"].replace("FOLD", str(fold)).split()
     few = finetune.draw_shots(read_split(data, splits), SHOTS, seed=0)
     lines = [f"{path.relative_to(data)}\n" for path in sorted(few.paths)]
-    engine.write_whole(few_list(seed), "".join(lines))
+    engine.write_whole(out, "".join(lines))
 
 
-def measure(name: str, seeds: range) -> dict:
-    """An experiment as report takes it, with those of the seeds that are complete."""
+def measure(name: str, folds: list[int]) -> dict:
+    """An experiment as report takes it, with those of the folds that are complete."""
     found = EXPERIMENTS[name]
-    first = [job for *_, cell in found["rows"] for job in jobs_of(cell, 0)]
-    jobs = {seed: {cell: jobs_of(cell, seed) for *_, cell in found["rows"]} for seed in seeds}
-    complete = [
-        seed for seed in seeds if all(job.done() for of in jobs[seed].values() for job in of)
-    ]
+    jobs = {fold: {cell: jobs_of(cell, fold) for *_, cell in found["rows"]} for fold in folds}
+    distinct = {  # nothing twice
+        fold: list({job.name: job for of_cell in cells.values() for job in of_cell}.values())
+        for fold, cells in jobs.items()
+    }
+    complete = [fold for fold in folds if all(job.done() for job in distinct[fold])]
 
     def minutes(jobs: list[Job]) -> float:
         return sum(job.about()["seconds"] for job in jobs) / 60
 
-    def of_all(seed: int, key: str) -> str:
-        values = {value for of in jobs[seed].values() for job in of for value in job.about()[key]}
-        return " and ".join(sorted(values))
+    def of_all(fold: int, key: str) -> list[str]:
+        return sorted({value for job in distinct[fold] for value in job.about()[key]})
 
     rows = []
     for label, paper, cell in found["rows"]:
-        key = cell.partition("@")[2]
-        each = [jobs[seed][cell] for seed in complete]
-        scores = [report.read_score(of[-1].product, key) for of in each]
+        each = [jobs[fold][cell] for fold in complete]
+        scores = [report.read_score(of[-1].product, cell.partition("@")[2]) for of in each]
         rows.append(
             dict(label=label, paper=paper, cell=cell, ours=scores, minutes=[*map(minutes, each)])
         )
-    distinct = [
-        list({job.name: job for of in jobs[seed].values() for job in of}.values())
-        for seed in complete
-    ]
+    shown = [job for *_, cell in found["rows"] for job in jobs_of(cell, 1)]
     return found | dict(
         rows=rows,
-        recipes={job.argv[0]: job.chain[-1][1] for job in first},
-        commands=list(dict.fromkeys(" ".join(job.argv) for job in first)),
-        seeds=complete,
-        minutes=[minutes(of) for of in distinct],
-        machines=[of_all(seed, "machines") for seed in complete],
-        commits=[of_all(seed, "commits") for seed in complete],
+        recipes={job.argv[0]: job.chain[-1][1] for job in shown},
+        commands=list(dict.fromkeys(" ".join(job.argv) for job in shown)),
+        folds=complete,
+        minutes=[minutes(distinct[fold]) for fold in complete],
+        machines=[of_all(fold, "machines") for fold in complete],
+        commits=[of_all(fold, "commits") for fold in complete],
     )
 
 
@@ -267,29 +247,25 @@ def main(argv: list[str]) -> None:
     known = ", ".join(EXPERIMENTS)
     about = f"all, or some of {known}"
     parser.add_argument("names", nargs="*", metavar="NAME", help=about)
-    parser.add_argument("--seeds", type=int, default=3, help="how many folds (default: 3)")
-    parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], metavar="FOLD")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--report", action="store_true", help="run nothing, read these seeds' runs")
+    parser.add_argument("--report", action="store_true", help="run nothing, read these folds' runs")
     args = parser.parse_args(argv)
     names = list(EXPERIMENTS) if args.names == ["all"] else args.names
     if set(names) - set(EXPERIMENTS) or bool(names) == args.report:
         raise ValueError(f"name all or some of {known}, or --report")
-    if args.seeds < 1 or args.first < 0 or args.jobs < 1:
-        raise ValueError("--seeds and --jobs must be at least 1, --first at least 0")
-    if args.first + args.seeds > 3:
-        raise ValueError("there are three folds: seeds 0 to 2")
-
-    seeds = range(args.first, args.first + args.seeds)
+    folds = sorted({*args.folds})
+    if not {*folds} <= {1, 2, 3} or args.jobs < 1:
+        raise ValueError("--folds are of 1, 2 and 3, and --jobs is at least 1")
     LAB.mkdir(parents=True, exist_ok=True)
     if names:
-        run_series(names, seeds, args.jobs)
-    found = {name: measure(name, seeds) for name in EXPERIMENTS}
+        run_series(names, folds, args.jobs)
+    found = {name: measure(name, folds) for name in EXPERIMENTS}
     report.report(found, Path("experiments/results"), Path("docs/results.md"))
 
 
-def run_series(names: list[str], seeds: range, at_once: int) -> None:
-    """Run what experiments need, one seed after another, under a lock. A signal ends all of it."""
+def run_series(names: list[str], folds: list[int], at_once: int) -> None:
+    """Run what experiments need, one fold after another, under a lock. A signal ends all of it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(LAB / "lock", "w") as lock:
         os.set_inheritable(lock.fileno(), True)
@@ -298,15 +274,16 @@ def run_series(names: list[str], seeds: range, at_once: int) -> None:
         except BlockingIOError:
             raise ValueError(f"another series is at work in {LAB}") from None
         try:
-            for seed in seeds:
-                chains = chains_of(names, seed)
-                words = [word for chain in chains for job in chain for word in job.argv]
+            for fold in folds:
+                groups = groups_of(names, fold)
+                words = [word for group in groups for job in group for word in job.argv]
                 for flag, folder in pairwise(words):
                     if flag == "--data" and not Path(folder).is_dir():
                         raise ValueError(f"{folder} is not there: link the data set to it")
-                if str(few_list(seed)) in words:
-                    write_few(seed)
-                Series(at_once).run_all(chains)
+                few = FEW_LIST.replace("FOLD", str(fold))
+                if few in words:
+                    write_few(few, fold)
+                Series(at_once).run_all(groups)
         except KeyboardInterrupt:
             sys.exit("stopped: the same command continues")
 

@@ -16,11 +16,12 @@ import finetune
 from data import Split
 from experiments import leak, report, run
 from experiments.report import claims_of, read_score, verdict
-from experiments.run import Job, Series, chains_of, jobs_of, measure
+from experiments.run import Job, Series, groups_of, jobs_of, measure
 from experiments.table import DOWN, EXPERIMENTS, LAB, PRETRAIN
 from lib import engine
 
-SHORT, L1, PROBE = "short:ucf101_5-tuned", "l1:ucf101_5-tuned", "short:ucf101_5-probe"
+MSE, L1 = "epochs120:ucf101_5-tuned", "l1:ucf101_5-tuned"
+PROBE = "epochs120:ucf101_5-probe"
 CELLS = sorted({cell for experiment in EXPERIMENTS.values() for *_, cell in experiment["rows"]})
 RESULTS, OVERVIEW = Path("experiments/results"), Path("docs/results.md")
 HEAD = "path,label,prediction,correct,top5,probabilities\n"
@@ -33,9 +34,9 @@ def lab(tmp_path, monkeypatch):
     return LAB
 
 
-def finish(cell, seed, machine="one", commit="c0ffee", **found):
+def finish(cell, fold, machine="one", commit="c0ffee", **found):
     """Leave the files of a cell's jobs, as if they had run for a minute each."""
-    for job in jobs_of(cell, seed):
+    for job in jobs_of(cell, fold):
         job.product.parent.mkdir(exist_ok=True)
         job.product.write_text(json.dumps(found))
         about = dict(chain=job.chain, ended=True, machines=[machine], commits=[commit], seconds=60)
@@ -64,25 +65,25 @@ def test_every_command_is_one_its_stage_accepts():
             where = cfg.out if stage is leak else f"runs/{cfg.name}"
             assert where in (str(job.product), str(job.product.parent))
             line = " ".join(job.argv)
-            assert "FOLD" not in line and "SEED" not in line and "-s0" not in line
-            assert cfg.seed == 0 and ("_train2.txt" in line or "_test2.txt" in line)
+            assert "FOLD" not in line and "fold2" not in line
+            assert cfg.seed == 0 and ("_train1.txt" in line or "_test1.txt" in line)
             if job is not jobs[-1]:
                 assert cfg.warmup < cfg.epochs
             elif ":" in cell and not cell.startswith("none"):
-                assert f"{LAB}/{cell.partition(':')[0]}-s1/checkpoint.pt" in line
+                assert f"{LAB}/{cell.partition(':')[0]}-fold1/checkpoint.pt" in line
 
 
-CHANGES = {  # what a name changes of "short", in pre-training
-    "short": {},
-    "shorter": dict(epochs=60, warmup=2.5),
+CHANGES = {  # what a name changes of "epochs120", in pre-training
+    "epochs120": {},
+    "epochs60": dict(epochs=60, warmup=2.5),
     "depth4": dict(decoder_depth=4),
     "tube75": dict(ratio=0.75),
     "random90": dict(mask="random"),
     "frame87": dict(mask="frame", ratio=0.875),
     "center": dict(model="center"),
     "l1": dict(loss="l1"),
-    "few": dict(splits="runs/lab/few-s1.txt", epochs=700, warmup=30),
-    "few-short": dict(splits="runs/lab/few-s1.txt"),
+    "videos50": dict(splits="runs/lab/few-fold1.txt", epochs=700, warmup=30),
+    "videos50-epochs120": dict(splits="runs/lab/few-fold1.txt"),
     "ucf101_5": dict(epochs=240, warmup=10),
     "ucf101_5-image": dict(epochs=240, warmup=10, stride=0),
 }
@@ -90,8 +91,10 @@ CHANGES = {  # what a name changes of "short", in pre-training
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_ablation_changes_what_its_name_says(name):
-    (_, short), (_, cfg) = (parsed(jobs_of(f"{n}:ucf101_5-tuned", 1)[0]) for n in ("short", name))
-    changed = {key: value for key, value in vars(cfg).items() if value != getattr(short, key)}
+    (_, usual), (_, cfg) = (
+        parsed(jobs_of(f"{pre}:ucf101_5-tuned", 1)[0]) for pre in ("epochs120", name)
+    )
+    changed = {key: value for key, value in vars(cfg).items() if value != getattr(usual, key)}
     changed.pop("name", None)
     assert changed == CHANGES[name]
 
@@ -121,7 +124,7 @@ def test_names():
     used = [cell.partition("@")[0].split(":") for cell in CELLS]
     assert {pre for pre, _ in used} == {*PRETRAIN, "none"}
     assert {down for _, down in used} == set(DOWN)
-    for cell in ("epoch20:ucf101_5-tuned", "short:tune"):
+    for cell in ("epoch120:ucf101_5-tuned", "l1:ucf101_5-tune"):
         with pytest.raises(KeyError):
             jobs_of(cell, 0)
 
@@ -130,15 +133,15 @@ def test_names():
 
 
 def test_what_cells_share_runs_once():
-    (first, tuned), (again, probe) = jobs_of(SHORT, 0), jobs_of(PROBE, 0)
+    (first, tuned), (again, probe) = jobs_of(MSE, 1), jobs_of(PROBE, 1)
     assert first == again and tuned.name != probe.name
-    assert jobs_of(f"{SHORT}@Diving", 0) == [first, tuned]
+    assert jobs_of(f"{MSE}@3", 1) == [first, tuned]
     assert [argv for argv, _ in tuned.chain] == [first.argv, tuned.argv]
     assert first.chain == tuned.chain[:1] == probe.chain[:1]
-    assert first != jobs_of(SHORT, 1)[0] and len(jobs_of("none:tennis7-few", 0)) == 1
-    chains = chains_of(["table1b", "figure3", "table3"], 0)
-    names = [job.name for chain in chains for job in chain]
-    assert len(names) == len(set(names)) and [first, tuned, probe] in chains
+    assert first != jobs_of(MSE, 2)[0] and len(jobs_of("none:tennis7-few", 1)) == 1
+    groups = groups_of(["table1b", "figure3", "table3"], 1)
+    names = [job.name for group in groups for job in group]
+    assert len(names) == len(set(names)) and [first, tuned, probe] in groups
 
 
 def test_a_job_runs_once_and_resumes(lab, tmp_path):
@@ -186,7 +189,7 @@ def series(lab, monkeypatch):
         "if name == 'tube75':\n"
         "    open(f'runs/lab/{name}.made', 'w').close()\n"
         "elif name == 'tube75-next':\n"
-        "    while not os.path.exists('began-short'):\n"  # it can be asked to stop from then on
+        "    while not os.path.exists('began-epochs120'):\n"  # it can be asked to stop from then on
         "        time.sleep(0.05)\n"
         "    sys.exit('no')\n"
         "else:\n"
@@ -196,7 +199,7 @@ def series(lab, monkeypatch):
     def job(name):
         return Job(name, ["stage.py", name], LAB / f"{name}.made", [[["stage.py", name], None]])
 
-    def jobs_of(cell, seed):
+    def jobs_of(cell, fold):
         name = cell.partition(":")[0]
         return [job(name), job(f"{name}-next")]
 
@@ -223,31 +226,31 @@ def series(lab, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_series_stops_its_stages(series, number):
     """The stage gets SIGTERM, and even if it ends well nothing else begins."""
-    process = series(1, "short")
+    process = series(1, "epochs120")
     os.kill(process.pid, number)
     process.join(20)
     assert process.exitcode == 1
     assert Path("err").read_text() == "stopped: the same command continues\n"
-    assert Path("saved").exists() and Path("out").read_text() == "python stage.py short\n"
+    assert Path("saved").exists() and Path("out").read_text() == "python stage.py epochs120\n"
 
 
 def test_an_error_stops_the_other_stages(series):
-    process = series(4, "short", "tube75-next")
+    process = series(4, "epochs120", "tube75-next")
     process.join(20)
     assert process.exitcode == 1
     assert "stage.py tube75-next did not finish, see runs/lab/tube75" in Path("err").read_text()
-    assert Path("saved").exists() and not Path("began-short-next").exists()
+    assert Path("saved").exists() and not Path("began-epochs120-next").exists()
 
 
 def test_a_killed_series_is_not_doubled(series):
     """Its stage works on and holds the lock. Reports do not mind."""
-    process = series(1, "short")
+    process = series(1, "epochs120")
     process.kill()
     process.join(20)
     with pytest.raises(ValueError, match="another series is at work in runs/lab"):
         run.main(["table1b"])
     run.main(["--report"])
-    os.kill(int(Path("began-short").read_text()), signal.SIGKILL)
+    os.kill(int(Path("began-epochs120").read_text()), signal.SIGKILL)
 
 
 def test_the_list_of_few_videos(lab, monkeypatch):
@@ -255,25 +258,25 @@ def test_the_list_of_few_videos(lab, monkeypatch):
     paths = [Path(f"datasets/UCF-101/Swing/{number:02}.avi") for number in range(12)]
     part = Split(paths, [0] * 12, ["Swing"])
     monkeypatch.setattr(run, "read_split", lambda *where: asked.append(where) or part)
-    monkeypatch.setattr(Series, "run_all", lambda self, chains: None)
+    monkeypatch.setattr(Series, "run_all", lambda self, groups: None)
     asked = []
     with pytest.raises(ValueError, match="datasets/UCF-101 is not there: link the data set to it"):
-        run.run_series(["table1b"], range(1), 1)
+        run.run_series(["table1b"], [1], 1)
     Path("datasets/UCF-101").mkdir(parents=True)
-    run.run_series(["table1b"], range(1), 1)
+    run.run_series(["table1b"], [1], 1)
     assert not asked
-    run.run_series(["table2"], range(1, 2), 1)
+    run.run_series(["table2"], [2], 1)
     assert asked == [("datasets/UCF-101", "experiments/lists/ucf101_5_train2.txt")]
     drawn = finetune.draw_shots(part, 10, 0).paths
-    lines = (lab / "few-s1.txt").read_text().splitlines()
+    lines = (lab / "few-fold2.txt").read_text().splitlines()
     assert lines == sorted(f"Swing/{path.name}" for path in drawn)
 
 
 @pytest.mark.parametrize(
-    "argv", ["", "table9", "all --report", "all --seeds 0", "all --first -1", "all --seeds 4"]
+    "argv", ["", "table9", "all --report", "all --folds 0", "all --folds 3 4", "all --jobs 0"]
 )
 def test_mistakes(lab, argv):
-    with pytest.raises(ValueError, match="all or some of ucf101_5|at least 1|three folds"):
+    with pytest.raises(ValueError, match="all or some of ucf101_5|--folds are of 1, 2 and 3"):
         run.main(argv.split())
 
 
@@ -281,7 +284,7 @@ def test_mistakes(lab, argv):
 
 
 def test_verdict():
-    """A 95 % interval by Student's t: 12.71 for 2 seeds, 4.30 for 3."""
+    """A 95 % interval by Student's t: 12.71 for 2 folds, 4.30 for 3."""
     assert verdict([10, 11, 12]) == "agrees" and verdict([-10, -11, -12]) == "**disagrees**"
     edge = 4.30 / 3**0.5  # the half width for three values one apart, whose deviation is 1
     assert verdict([edge - 0.99, edge + 0.01, edge + 1.01]) == "agrees"
@@ -292,73 +295,75 @@ def test_verdict():
         and verdict([half - 1.01, half + 0.99]) == "open"
     )
     assert verdict([2.0]) == "open" and verdict([1, -1]) == "open" and verdict([0, 0]) == "open"
-    assert verdict([1] * 20) == "agrees"
+    assert verdict([1, 1, 1]) == "agrees"
 
 
 def test_scores(lab):
-    finish(SHORT, 0, top1=50.0)
+    finish(MSE, 1, top1=50.0)
     rows = "a,Swing,Swing,1,Swing,1\nb,Diving,Swing,0,Swing,1\n"
-    product = jobs_of(SHORT, 0)[-1].product
+    product = jobs_of(MSE, 1)[-1].product
     product.with_name("predictions.csv").write_text(HEAD + rows)
     scores = [read_score(product, key) for key in ("", "Swing", "Diving")]
     assert scores == [50, 100, 0]
-    finish(PROBE, 0, top1=50.0, knn=40.0)
-    assert read_score(jobs_of(PROBE, 0)[-1].product, "knn") == 40
-    finish("ucf101_5:leak-tube", 0, psnr={"model still": 20.5})
-    assert read_score(jobs_of("ucf101_5:leak-tube", 0)[-1].product, "model still") == 20.5
+    finish(PROBE, 1, top1=50.0, knn=40.0)
+    assert read_score(jobs_of(PROBE, 1)[-1].product, "knn") == 40
+    finish("ucf101_5:leak-tube", 1, psnr={"model still": 20.5})
+    assert read_score(jobs_of("ucf101_5:leak-tube", 1)[-1].product, "model still") == 20.5
 
 
 def test_measure(lab):
-    for seed in (0, 1):
-        finish(L1, seed, top1=40 + seed)
-        finish(SHORT, seed, top1=43 - seed)
-    finish(L1, 2, top1=99)  # seed 2 is not complete
-    found = measure("table1f", range(3))
-    assert found["seeds"] == [0, 1] and found["minutes"] == [4, 4]
-    assert found["machines"] == ["one", "one"] and found["commits"] == ["c0ffee", "c0ffee"]
+    for fold in (1, 2):
+        finish(L1, fold, top1=39 + fold)
+        finish(MSE, fold, top1=44 - fold)
+    finish(L1, 3, top1=99)  # fold 3 is not complete
+    found = measure("table1f", [1, 2, 3])
+    assert found["folds"] == [1, 2] and found["minutes"] == [4, 4]
+    assert found["machines"] == [["one"]] * 2 and found["commits"] == [["c0ffee"]] * 2
     assert found["rows"] == [
         dict(label="L1", paper=69.1, cell=L1, ours=[40, 41], minutes=[2, 2]),
-        dict(label="MSE", paper=69.6, cell=SHORT, ours=[43, 42], minutes=[2, 2]),
+        dict(label="MSE", paper=69.6, cell=MSE, ours=[43, 42], minutes=[2, 2]),
     ]
     assert claims_of(found) == [("MSE: better than L1", pytest.approx(0.5), [3, 1])]
-    assert measure("table1f", range(1, 2))["seeds"] == [1]
-    record = jobs_of(SHORT, 1)[1].record
+    assert measure("table1f", [2])["folds"] == [2]
+    record = jobs_of(MSE, 2)[1].record
     about = json.loads(record.read_text())
     about["chain"][0][1]["weight_decay"] = 0.5  # the recipe of its pre-training was another
     record.write_text(json.dumps(about))
-    assert measure("table1f", range(3))["seeds"] == [0]
-    with pytest.raises(ValueError, match=r"short-s1-ucf101_5-tuned.job is of other .*: remove"):
-        Series(1).run(jobs_of(SHORT, 1)[1])
+    assert measure("table1f", [1, 2, 3])["folds"] == [1]
+    with pytest.raises(
+        ValueError, match="epochs120-fold2-ucf101_5-tuned.job is of other .*: remove"
+    ):
+        Series(1).run(jobs_of(MSE, 2)[1])
 
 
 def test_claims_of_sums(lab):
-    scores = {"short": 90, "few": 70, "none": 60}
+    scores = {"epochs120": 90, "videos50": 70, "none": 60}
     for pre, top1 in scores.items():
-        finish(f"{pre}:ucf101_5-{'few' if pre == 'few' else 'tuned'}", 0, top1=top1)
-    finish("none:ucf101_5-few", 0, top1=10)
-    ours = {text: gaps for text, _, gaps in claims_of(measure("table2", range(1)))}
+        finish(f"{pre}:ucf101_5-{'few' if pre == 'videos50' else 'tuned'}", 1, top1=top1)
+    finish("none:ucf101_5-few", 1, top1=10)
+    ours = {text: gaps for text, _, gaps in claims_of(measure("table2", [1]))}
     assert ours["it helps more with fewer"] == [(70 - 10) - (90 - 60)]
 
 
 def test_report(lab, monkeypatch):
-    for seed in (0, 1):
-        finish(L1, seed, top1=40 + seed)
-        finish(SHORT, seed, top1=43 - seed)
+    for fold in (1, 2):
+        finish(L1, fold, top1=39 + fold)
+        finish(MSE, fold, top1=44 - fold)
     OVERVIEW.parent.mkdir()
-    OVERVIEW.write_text(f"before\n{report.MARK}old\n{report.MARK}after\n")
+    OVERVIEW.write_text(f"before\n{report.MARK}stale\n{report.MARK}after\n")
     line = "| MSE: better than L1 | +0.5 | +2.0 ± 1.4 (+3.0, +1.0) | open |"
     for _ in range(2):  # the second time it replaces what it wrote
         run.main(["--report"])
         text = OVERVIEW.read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
         assert text.count(line) == 1 and "(../experiments/results/table1f.md)" in text
     names = sorted(path.name for path in RESULTS.iterdir())
     assert names == ["table1f.json", "table1f.md", "table1f.png"]
     page = (RESULTS / "table1f.md").read_text()
     assert "| L1 | 69.1 | 40.5 ± 0.7 (40.0, 41.0) | 2.0 |" in page and line in page
     assert "\nMade at commit c0ffee.\n" in page and "experiments.run table1f`" in page
-    assert "8 minutes of one core" in page and "seeds 0, 1 on one." in page
-    assert " --loss l1 --name lab/l1-s0 --resume\n" in page
+    assert "8 minutes of one core" in page and ": one." in page
+    assert " --loss l1 --name lab/l1-fold1 --resume\n" in page
     stored, before = (RESULTS / "table1f.json").read_text(), OVERVIEW.read_text()
     shutil.rmtree(lab)  # as in a fresh clone: what is known stays
     run.main(["--report"])
@@ -369,59 +374,44 @@ def test_report(lab, monkeypatch):
     assert OVERVIEW.read_text() == f"one {report.MARK} mark"
 
 
-def test_seeds_from_elsewhere_add_up(lab, capsys):
-    """A page keeps the seeds that are not here, unless other commands or recipes made them."""
-    for seed, top1 in ((0, 10), (2, 30)):
-        finish(L1, seed, top1=top1)
-        finish(SHORT, seed, top1=2 * top1)
+def test_folds_from_elsewhere_add_up(lab, capsys):
+    """A page keeps the folds that are not here, unless other commands or recipes made them."""
+    for fold, top1 in ((1, 10), (3, 30)):
+        finish(L1, fold, top1=top1)
+        finish(MSE, fold, top1=2 * top1)
     run.main(["--report"])
     shutil.rmtree(lab)
     lab.mkdir()
-    for seed, top1 in ((1, 20), (2, 35)):
-        finish(L1, seed, machine="two", commit="later", top1=top1)
-        finish(SHORT, seed, machine="three", commit="later", top1=2 * top1)
+    for fold, top1 in ((2, 20), (3, 35)):
+        finish(L1, fold, machine="two", commit="later", top1=top1)
+        finish(MSE, fold, machine="three", commit="later", top1=2 * top1)
     run.main(["--report"])
     page = RESULTS / "table1f.json"
     found = json.loads(page.read_text())
-    assert found["seeds"] == [0, 1, 2]
-    assert found["machines"] == ["one", "three and two", "three and two"]
+    assert found["folds"] == [1, 2, 3]
+    assert found["machines"] == [["one"], ["three", "two"], ["three", "two"]]
     assert [row["ours"] for row in found["rows"]] == [[10, 20, 35], [20, 40, 70]]
     text = page.with_suffix(".md").read_text()
     assert "Made at commit c0ffee and later." in text and "12 minutes of one core" in text
     for old in ({"commands": ["x"]}, {"recipes": {}}, {"rows": found["rows"][:1]}):
-        page.write_text(json.dumps(found | old))  # has more seeds: kept
+        page.write_text(json.dumps(found | old))  # has more folds: kept
         capsys.readouterr()
         run.main(["--report"])
-        assert "is of other commands or recipes and of more seeds: kept" in capsys.readouterr().out
-        assert json.loads(page.read_text())["seeds"] == [0, 1, 2]
-    page.write_text(json.dumps(found | {"recipes": {}, "seeds": [5, 6]}))  # no more seeds: replaced
+        assert "is of other commands or recipes and of more folds: kept" in capsys.readouterr().out
+        assert json.loads(page.read_text())["folds"] == [1, 2, 3]
+    page.write_text(json.dumps(found | {"recipes": {}, "folds": [1, 2]}))  # no more folds: replaced
     run.main(["--report"])
-    assert json.loads(page.read_text())["seeds"] == [1, 2]
+    assert json.loads(page.read_text())["folds"] == [2, 3]
 
 
 def test_every_experiment_can_be_drawn(lab):
     for number, cell in enumerate(CELLS):
         keys = [f"{key} {part}" for key in ("model", "nearest") for part in ("still", "moving")]
-        finish(cell, 0, top1=number, knn=number, psnr={key: 10.0 + number for key in keys})
+        finish(cell, 1, top1=number, knn=number, psnr={key: 10.0 + number for key in keys})
         rows = "".join(f"{label},{label},{label},1,{label},1\n" for label in range(5))
-        (jobs_of(cell, 0)[-1].product.parent / "predictions.csv").write_text(HEAD + rows)
-    run.main(["--report", "--seeds", "1"])  # without docs/results.md
+        (jobs_of(cell, 1)[-1].product.parent / "predictions.csv").write_text(HEAD + rows)
+    run.main(["--report", "--folds", "1"])  # without docs/results.md
     assert {path.stem for path in RESULTS.glob("*.png")} == set(EXPERIMENTS)
-
-
-def test_minutes_are_shown_where_they_are_known():
-    rows = [
-        dict(label=label, paper=None, cell=label, ours=[1, 2], minutes=[None, 3.0])
-        for label in ("a, x", "b, x")
-    ]
-    found = dict(seeds=[0, 1], rows=rows)
-    table = "\n".join(report.row_lines(found))
-    assert "| minutes of one core (seed 1) |" in table
-    assert "| a, x |  | 1.5 ± 0.7 (1.0, 2.0) | 3.0 |" in table
-    rows[0]["cell"] = "a@key"  # two rows of one run
-    assert "minutes" not in "\n".join(report.row_lines(found))
-    rows[0] |= dict(cell="a", minutes=[None, None])
-    assert "minutes" not in "\n".join(report.row_lines(found))
 
 
 def test_committed_pages_say_which_code_made_them():
