@@ -24,7 +24,7 @@ Generator = torch.Generator | None
 
 
 def num_masked(total: int, ratio: float) -> int:
-    """How many of `total` places to mask: floor(ratio * total), the official code's rule.
+    """How many of `total` to mask: floor(ratio * total), the official code's rule.
 
     Raises ValueError where nothing would be masked or nothing would stay visible.
     """

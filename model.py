@@ -319,6 +319,7 @@ class Classifier(nn.Module):
         self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)
+        # Official code: Xavier before pre-training, this before fine-tuning.
         for part in (self.encoder.blocks, self.head):
             part.apply(partial(init_linear, init_weight=partial(nn.init.trunc_normal_, std=0.02)))
         self.head.weight.data.mul_(init_scale)  # so that training starts with small logits

@@ -7,8 +7,8 @@
 
 Leaves checkpoint.pt, log.jsonl, loss.png, reconstruction.png in runs/NAME. With --resume, the same
 command goes on. The log's second line is the loss of the best constant prediction. For normalised
-cubes it is 1. Expect a loss that begins above it, stays near it for a while, then falls ever more
-slowly.
+cubes it is a little below 1. Expect a loss that begins above it, stays near it for a while, then
+falls ever more slowly.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ PRESETS = {
 def main(argv: list[str]) -> None:
     preset, cfg = engine.parse_config(Config, argv, __doc__, PRESETS)
     device = engine.setup(cfg.device)
-    Model = choose_model(cfg.model, cfg.mask, cfg.stride)
+    Model = choose_model(cfg.model, cfg.mask, cfg.stride)  # some variants need a mask or a stride
 
     # Data: clips stay uint8 until they are on the device.
     split = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
@@ -115,9 +115,8 @@ def main(argv: list[str]) -> None:
     for step in run.steps():
         # Gradient accumulation. The clips of a pass are (micro * repeats, T, C, H, W) uint8.
         for clips, _ in run.passes(batches):
-            # The seed is made of --seed, the step, and the number of the pass among those of all
-            # GPUs. So each pass has its own masks. They are the same after --resume, and on any
-            # number of GPUs with the same --micro.
+            # One seed per pass. So a pass gets the same masks after --resume, and on any number of
+            # GPUs with the same --micro. All of torch gets it, as variants may draw numbers, too.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():
