@@ -14,11 +14,9 @@ and shows how an empty prediction and an untrained model look with that help.
 import csv
 import gc
 import io
-import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +48,7 @@ class Config:
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "oracle: draw both kinds of statistics")
     stride: int | None = opt(None, "frames from one to the next; None: as in pre-training", 0)
-    out: str | None = opt(None, "PNG to write; None: a new one beside the checkpoint or A.csv")
+    out: str | None = opt(None, "PNG to write; None: beside the checkpoint or A.csv")
     gif: str | None = opt(None, "also write an animation to this GIF")
     seed: int = opt(0, "seed of the masks", 0)
     compare: tuple[str, ...] | None = opt(None, "A.csv B.csv: compare two models class by class")
@@ -294,16 +292,13 @@ def draw_boxes(pictures: list[tuple], out: Path) -> None:
     OUT.gif has all of them, a second each, OUT.png up to eight.
     """
     few, images = pictures[:: -(-len(pictures) // 8)], []
-    rows = -(-len(few) // 4)
     for part, file in [(few, f"{out}.png"), *(([picture], io.BytesIO()) for picture in pictures)]:
-        across, down = (1, 1) if len(part) == 1 else (min(len(part), 4), rows)
+        across, down = min(len(part), 4), -(-len(part) // 4)
         figure = Figure(figsize=(4 * across, 3.4 * down), layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False).flat
-        for axis, picture in itertools.zip_longest(axes, part):
+        axes = figure.subplots(down, across, squeeze=False).flatten()
+        for axis in axes:
             axis.axis("off")
-            if picture is None:
-                continue
-            title, image, boxes, texts = picture
+        for axis, (title, image, boxes, texts) in zip(axes, part, strict=False):
             height, width = image.shape[1:]
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set_title(title, fontsize=8)
@@ -357,11 +352,10 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     choose_model(about.get("name", "videomae"), cfg.mask, stride)  # they must suit each other
     paths = cfg.videos
     if not paths:
-        if "name" not in about:  # weights of other projects
+        if "data" not in about:  # weights of other projects
             raise ValueError(f"{cfg.checkpoint} knows no videos: name some with --videos")
-        flags = engine.load_checkpoint(cfg.checkpoint, "pretrain")["config"]["flags"]
-        where = (flags["data"], flags["splits"], flags["fold"])
-        split = read_split(*where, train=False, missing=flags.get("missing", "error"))
+        where = (about["data"], about["splits"], about["fold"])
+        split = read_split(*where, train=False, missing=about.get("missing", "error"))
         if {*split.paths} <= {*listed(*where, train=True).paths}:
             print("the data has no test part: PSNR and figure are of videos that were trained on")
         paths = sorted(split.paths, key=lambda path: engine.derive_seed("figure", path.name))
@@ -380,14 +374,10 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     return clips
 
 
-def main(argv: list[str], overwrite: bool = True) -> None:
-    """Draw what the flags ask for. `overwrite`: the figure of an earlier call, without --out."""
+def main(argv: list[str]) -> None:
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
     name = "comparison.png" if cfg.compare else "reconstruction.png"
     out = Path(cfg.out or Path(cfg.compare[0] if cfg.compare else cfg.checkpoint).with_name(name))
-    if out.exists() and not (cfg.out or overwrite):
-        others = (out.with_stem(f"{out.stem}-{number}") for number in itertools.count(2))
-        out = next(other for other in others if not other.exists())
     model, about = (None, {}) if cfg.compare else load_model(cfg.checkpoint)
     for path, suffix in ((out, ".png"), (Path(cfg.gif or "x.gif"), ".gif")):
         if path.suffix != suffix or not path.parent.is_dir():
@@ -403,4 +393,4 @@ def main(argv: list[str], overwrite: bool = True) -> None:
 
 
 if __name__ == "__main__":
-    engine.cli(partial(main, overwrite=False))
+    engine.cli(main)

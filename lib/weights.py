@@ -73,8 +73,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     What is known is a dict with some of: the arguments of the model and "eps" (see build); "name",
     a key of MODELS; "classes", a list of names; "stride" and "sampling" of the training clips;
-    "note", a remark for the report. Nothing pickled is run.
-    ValueError, in one line, for what cannot be read.
+    "data", "splits", "fold" and "missing", where those are from; "note", a remark for the report.
+    Nothing pickled is run. ValueError, in one line, for what cannot be read.
     """
     path = Path(path)
     content = read_files(path)
@@ -175,12 +175,13 @@ def to_ours(found: dict[str, Tensor], wrappers: str = "") -> dict[str, Tensor]:
 
 
 def about_ours(path: Path, content: dict) -> dict:
-    """What our own checkpoint says of its model and its clips."""
+    """What our own checkpoint says of its model, its clips and its data."""
     config = content.get("config", {})
     if "flags" not in config:
         raise ValueError(f"{path} is a checkpoint of an older version, which cannot be read")
     flags, about = config["flags"], dict(config["model"])
-    about |= {key: flags[key] for key in ("stride", "sampling") if key in flags}
+    said = ("stride", "sampling", "data", "splits", "fold", "missing")
+    about |= {key: flags[key] for key in said if key in flags}
     if content["stage"] == "pretrain":
         about["name"] = flags["model"]
     elif "classes" in config:

@@ -206,9 +206,7 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     )
     others = SimpleNamespace(paths=[tmp_path / "d.avi"])
     monkeypatch.setattr(visualize, "listed", lambda *args, **how: how["train"] and others)
-    checkpoint = {"config": {"flags": dict(data="folder", splits=None, fold=1)}}
-    monkeypatch.setattr(engine, "load_checkpoint", lambda *args: checkpoint)
-    about = dict(name="double", stride=4)
+    about = dict(name="double", stride=4, data="folder", splits=None, fold=1)
     assert len(visualize.read_clips(Config(), model, about)) == 3
     said = capsys.readouterr().out
     assert set(asked) == {(8, 32, 2)} and "bad.avi is no video" in said and "part" not in said
@@ -340,18 +338,6 @@ def test_names_in_a_confusion_matrix_stand_apart(tmp_path, drawn):
         assert all(a.y0 > b.y1 for a, b in zip(rows, rows[1:], strict=False))
         texts = [text.get_text() for text in axis.texts]
         assert texts == (["100", "25", "75", "50", "50"] if number == 3 else [])
-
-
-def test_a_figure_is_overwritten_only_when_asked(tmp_path, drawn):
-    """At the end of a training, or with --out. By itself, a script takes the next free name."""
-    a = str(table(tmp_path / "a.csv", {"Run": 4}))
-    written = [set(tmp_path.glob("*.png"))]
-    for words, more in (((), {}), (("--out", str(tmp_path / "comparison.png")), {}),
-                        ((), dict(overwrite=False)), ((), dict(overwrite=False))):  # fmt: skip
-        visualize.main(["--compare", a, a, *words], **more)
-        written.append({path.name for path in tmp_path.glob("*.png")})
-    assert written[1] == written[2] == {"comparison.png"}
-    assert written[4] == {"comparison.png", "comparison-2.png", "comparison-3.png"}
 
 
 def test_comparison(tmp_path, drawn, capsys, monkeypatch):
