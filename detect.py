@@ -38,10 +38,10 @@ from data import TOY_FILMS, Videos, make_loader
 from finetune import ModelConfig, make_classifier, make_optimizer
 from lib import ava, engine, evaluate, speed
 from lib.engine import opt
-from lib.evaluate import each_video, stamp
+from lib.evaluate import each_video
 from lib.run import Run, RunConfig, fit_to_set
 from lib.toy import make_toy_films
-from lib.video import Probe, played, read_frames, shown
+from lib.video import Probe, identity, played, read_frames, shown
 from lib.weights import grid_of, interpolate
 from model import IMAGENET_MEAN, Classifier, Encoder
 
@@ -230,7 +230,7 @@ class WholeFrames(Dataset):
 
     def __init__(self, found: dict, films: dict[str, Path], cfg: Config):
         self.found, self.films, self.cfg, self.frames = found, films, cfg, sorted(found)
-        stamps = {video: stamp(films[video]) for video, _ in self.frames}
+        stamps = {video: identity(films[video]) for video, _ in self.frames}
         how = (cfg.begin, cfg.short_side)
         self.keys = [f"{stamps[f[0]]} {f[1]} {[*found[f]]} {how}" for f in self.frames]
 

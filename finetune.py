@@ -316,8 +316,9 @@ def make_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
 def score_test(model: Classifier, test: Split, cfg: Config, folder: Path, device) -> None:
     """The paper's protocol: the mean of the softmax scores of several clips and crops."""
     path, views = folder / "scores.pt", evaluate.WindowViews(test.paths, cfg)
-    found = evaluate.each_video(model, views, cfg, device, path)
-    scores = evaluate.whole(*found, "then --eval-only")
+    found, errors = evaluate.each_video(model, views, cfg, device, path)
+    evaluate.none_wrong(errors, "then --eval-only")
+    scores = torch.stack([*found.values()])
     if engine.rank() == 0:
         print(evaluate.write_results(folder, test, cfg, scores, views=[cfg.clips, cfg.crops]))
         path.unlink()

@@ -26,6 +26,7 @@ from data import SAMPLING, Split, Videos, pretrain_transform
 from lib import engine, evaluate, speed
 from lib.engine import opt
 from lib.evaluate import WindowViews, each_video
+from lib.video import identity
 from lib.weights import build, load_weights, read_weights
 from model import VideoMAE
 
@@ -77,7 +78,7 @@ class RandomViews(Videos):
         self.seeds = [engine.derive_seed("probe", cfg.seed, i) for i in range(len(self))]
         how = f"flip {cfg.flip}, repeats {cfg.repeats}"
         files = zip(split.paths, self.seeds, strict=True)
-        self.keys = [f"{evaluate.stamp(path)}, seed {seed}, {how}" for path, seed in files]
+        self.keys = [f"{identity(path)}, seed {seed}, {how}" for path, seed in files]
 
     def __getitem__(self, index: int) -> Tensor | str:
         views, _, unreadable = super().__getitem__((index, self.seeds[index]))
@@ -176,8 +177,9 @@ def main(argv: list[str]) -> None:
     if len(train.paths) < 10:
         few = f"{len(train.paths)} labelled videos are too few"
         raise ValueError(f"{few} to choose a learning rate: 10 or more")
-    found = each_video(encoder, WindowViews(test.paths, cfg), *how)
-    unseen = evaluate.whole(*found, "then the same command").to(device)
+    found, errors = each_video(encoder, WindowViews(test.paths, cfg), *how)
+    evaluate.none_wrong(errors, "then the same command")
+    unseen = torch.stack([*found.values()]).to(device)
     found, errors = each_video(encoder, RandomViews(train, cfg), *how)
     for error in errors.values():
         print(f"left out, unreadable: {error}")

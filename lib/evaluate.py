@@ -29,7 +29,7 @@ from lib import engine
 from lib.annotations import ENDINGS, ending, read_names
 from lib.lists import listed, missing_videos, relabel, video_files
 from lib.run import Run
-from lib.video import Probe, played, read_frames, shown
+from lib.video import Probe, identity, played, read_frames, shown
 
 # A video; or `frames` frames of it from number `first` on, at second `start`.
 Window = namedtuple("Window", "path start first frames", defaults=(0, 0, 0))
@@ -112,7 +112,7 @@ class WindowViews(Views):
 
     def __init__(self, videos: list, cfg):
         self.windows = [video if isinstance(video, Window) else Window(video) for video in videos]
-        self.keys = [f"{stamp(w.path)} {w.first} {w.frames}" for w in self.windows]
+        self.keys = [f"{identity(w.path)} {w.first} {w.frames}" for w in self.windows]
         paths, antialias = [w.path for w in self.windows], cfg.augment == "torchvision"
         sizes = (cfg.frames, cfg.stride, cfg.clips, cfg.resolution, cfg.crops)
         super().__init__(paths, SAMPLING[cfg.sampling][1], *sizes, antialias)
@@ -127,12 +127,6 @@ class WindowViews(Views):
             return super().__getitem__(index)[1]
         except ValueError as error:
             return str(error)
-
-
-def stamp(path: str | Path) -> str:
-    """What changes with a file: path, bytes, time."""
-    about = os.stat(path) if os.path.exists(path) else None
-    return f"{path} {about and (about.st_size, about.st_mtime_ns)}"
 
 
 # Flags that decide what the test views are.
@@ -200,12 +194,6 @@ def each_video(
     finally:
         save()
     return {i: kept[key] for i, key in enumerate(views.keys) if key in kept}, errors
-
-
-def whole(results: dict, errors: dict, then: str) -> Tensor:
-    """The results of all videos. ValueError if some are missing; `then` they will be made."""
-    none_wrong(errors, then)
-    return torch.stack([*results.values()])
 
 
 def none_wrong(errors: dict[int, str], then: str) -> None:

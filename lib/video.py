@@ -32,10 +32,10 @@ IGNORE = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19
 TIMED = {"mp4", "matroska"}  # containers whose packets carry true display times
 ONE_FRAME_PER_PACKET = {av.Codec(name, "r").id for name in ("h264", "hevc", "vp9", "av1", "mpeg4")}
 
-# How many frames a file shows, of files that must be decoded to know: (path, bytes, time) -> count.
-_counts: dict[tuple[str, int, int], int] = {}
+# How many frames a file shows, of files that must be decoded to know: identity -> count.
+_counts: dict[str, int] = {}
 # Tables of long films, which take longer to read than a clip: as above -> those of _Groups.
-_tables: dict[tuple[str, int, int], tuple] = {}
+_tables: dict[str, tuple] = {}
 LONG = 3000  # frames
 
 
@@ -128,6 +128,12 @@ def shown(path: str | Path) -> str:
     return "".join(sign if plain(sign) else escaped(sign) for sign in str(path))
 
 
+def identity(path: str | Path) -> str:
+    """What changes with a file: path, bytes, time."""
+    about = os.stat(path) if os.path.exists(path) else None
+    return f"{path} {about and (about.st_size, about.st_mtime_ns)}"
+
+
 # ------------------------------------------------------------------------------ opening a file
 
 
@@ -148,12 +154,6 @@ def _open(path: str | Path):
         return av.open(f"file:{path}", options=OPTIONS, **IGNORE)
     except av.ArgumentError as error:
         raise OSError(f"none of the kinds of video that are read: {FORMATS}") from error
-
-
-def _identity(path: str | Path) -> tuple[str, int, int]:
-    """What changes with a file: path, bytes, time."""
-    about = os.stat(path)
-    return str(path), about.st_size, about.st_mtime_ns
 
 
 def _video_stream(container):
@@ -241,7 +241,7 @@ class _Groups:
 
     def __init__(self, container, stream, stamp: str):
         self.container, self.stream, self.stamp, self.sure = container, stream, stamp, False
-        file = _identity(container.name.removeprefix("file:"))
+        file = identity(container.name.removeprefix("file:"))
         if file in _tables:
             self.stamps, self.keys, self.first = _tables[file]
             self.sure = True
@@ -356,7 +356,7 @@ def _from_start(path, choose, guess: int) -> _Clip:
     without a frame, and cut files begin with frames that nothing can decode. The number is kept for
     the next time. The first time, the clip of a `guess` is kept where the guess was right.
     """
-    file = _identity(path)
+    file = identity(path)
     if file not in _counts:
         random = torch.get_rng_state()
         clip = _Clip(choose(guess))

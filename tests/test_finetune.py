@@ -329,9 +329,9 @@ def test_results_are_kept_for_the_same_video_weights_and_flags_only(tmp_path, ca
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]
     file = tmp_path / "a.avi"
     file.write_bytes(b"12")
-    before = evaluate.stamp(file)
+    before = evaluate.identity(file)
     os.utime(file, (1, 1))
-    assert before != evaluate.stamp(file) and evaluate.stamp(tmp_path / "none")
+    assert before != evaluate.identity(file) and evaluate.identity(tmp_path / "none")
 
 
 # ------------------------------------------------------------------------------------- prediction
