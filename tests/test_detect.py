@@ -316,7 +316,7 @@ def test_clips_without_a_person_add_nothing():
 
 def test_the_last_norm_learns_like_the_head():
     model = detector()
-    groups = finetune.param_groups(model, 0.05, 0.5)
+    groups = finetune.make_optimizer(model, Config(layer_decay=0.5)).param_groups
     scales = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(scales) == len([*model.parameters()]) == sum(len(g["params"]) for g in groups)
     found = {name: scales[id(p)] for name, p in model.named_parameters()}

@@ -73,7 +73,7 @@ def test_a_clip_is_mixed_with_another_video_not_with_its_own_repeat():
 
 def test_layer_decay_gives_each_parameter_its_factor_once():
     model = Classifier("toy", 12, (8, 64, 64), (2, 8, 8))
-    groups = finetune.param_groups(model, 0.05, 0.7)
+    groups = finetune.make_optimizer(model, Config(layer_decay=0.7)).param_groups
     found = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     everything = sum(len(group["params"]) for group in groups)
     assert everything == len(found) == len(list(model.parameters()))
@@ -86,7 +86,8 @@ def test_layer_decay_gives_each_parameter_its_factor_once():
             factor = 0.7**5 if "patch_embed" in name else 1.0
         decay = 0.05 if parameter.ndim > 1 else 0.0
         assert found[id(parameter)] == (pytest.approx(factor), decay), name
-    assert all(group["scale"] == 1 for group in finetune.param_groups(model, 0.05, 1.0))
+    groups = finetune.make_optimizer(model, Config(layer_decay=1.0)).param_groups
+    assert all(group["scale"] == 1 for group in groups)
 
 
 def test_accuracies_by_hand():
