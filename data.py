@@ -293,34 +293,6 @@ class Videos(Dataset):
         return torch.stack(clips), self.split.labels[index]
 
 
-class Views(Dataset):
-    """Test views: item i is (i, views (clips * crops, T, C, size, size) uint8), from one decode.
-
-    `rule` is a test rule of SAMPLING, for `clips` clips of `frames` frames; spatial_views says what
-    `size`, `crops` and `antialias` are. Raises ValueError, with the path, for a file that cannot be
-    read: evaluation never leaves anything out.
-    """
-
-    def __init__(
-        self, paths: list, rule, frames: int, stride: int, clips: int, size: int, crops: int,
-        antialias: bool = True,
-    ):  # fmt: skip
-        self.paths, self.rule, self.frames, self.stride = paths, rule, frames, stride
-        self.clips, self.how = clips, (size, crops, antialias)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def pick(self, total: int) -> list[int]:
-        """Frames of all clips, one after the other, from a video of `total` frames."""
-        return [i for clip in self.rule(total, self.frames, self.stride, self.clips) for i in clip]
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        frames = read_frames(self.paths[index], self.pick)
-        clips = frames.split(self.frames)
-        return index, torch.cat([spatial_views(clip, *self.how) for clip in clips])
-
-
 def collate(items: list) -> tuple[Tensor | None, Tensor, dict[str, str]]:
     """Items -> (clips (B*R, T, C, H, W) uint8, labels (B*R,), unreadable).
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import SAMPLING, Views, read_split
+from data import SAMPLING, read_split, spatial_views
 from lib import engine
 from lib.engine import opt
+from lib.video import read_frames
 from lib.weights import load_model
 
 
@@ -46,14 +47,19 @@ def main(argv: list[str]) -> None:
     split = read_split(cfg.data, cfg.splits)
     frames, size, _ = model.encoder.video_size
     rule = SAMPLING[about.get("sampling", "dense")][1]
-    views = Views(split.paths, rule, frames, about["stride"], cfg.clips, size, crops=1)
+
+    def pick(total: int) -> list[int]:
+        """Frames of all clips, one after the other."""
+        return [i for clip in rule(total, frames, about["stride"], cfg.clips) for i in clip]
+
     generator = torch.Generator().manual_seed(engine.derive_seed("motion", cfg.seed))
     hits = {}
-    for index in range(len(views)):
-        _, clips = views[index]
+    for path, label in zip(split.paths, split.labels, strict=True):
+        clips = read_frames(path, pick).split(frames)
+        clips = torch.cat([spatial_views(clip, size, crops=1) for clip in clips])
         for name, order in orders(frames, generator).items():
             scores = model(clips[:, order]).softmax(dim=1).mean(dim=0)
-            hits.setdefault(name, []).append(int(scores.argmax()) == split.labels[index])
+            hits.setdefault(name, []).append(int(scores.argmax()) == label)
     for name, right in hits.items():
         print(f"{name}: top-1 {100 * sum(right) / len(right):.1f} % of {len(right)} test videos")
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import visualize
-from data import SAMPLING, Split, Views, make_loader
+from data import SAMPLING, Split, make_loader, spatial_views
 from lib import engine
 from lib.annotations import ENDINGS, ending, read_names
 from lib.lists import listed, missing_videos, relabel, video_files
@@ -104,29 +104,36 @@ def fit_classes(split: Split, classes: list[str], whose: str) -> Split:
 # -------------------------------------------------------------------------------- views and scores
 
 
-class WindowViews(Views):
-    """Test views of paths or Windows: item i is the views, or why the file cannot be read.
+class WindowViews(Dataset):
+    """Test views of paths or Windows, each from one decode. `cfg` is what settle_clips returns.
 
-    `keys` stand for the items where results are kept. `cfg` is what settle_clips returns.
+    Item i is the views (clips * crops, T, C, size, size) uint8, or why the file cannot be read.
+    `keys` stand for the items where results are kept.
     """
 
     def __init__(self, videos: list, cfg):
         self.windows = [video if isinstance(video, Window) else Window(video) for video in videos]
         self.keys = [f"{identity(w.path)} {w.first} {w.frames}" for w in self.windows]
-        paths, antialias = [w.path for w in self.windows], cfg.augment == "torchvision"
-        sizes = (cfg.frames, cfg.stride, cfg.clips, cfg.resolution, cfg.crops)
-        super().__init__(paths, SAMPLING[cfg.sampling][1], *sizes, antialias)
+        self.cfg = cfg
 
-    def pick(self, total: int) -> list[int]:
-        """Frames of all clips, one after the other; they lie in the window."""
-        return [self.now.first + i for i in super().pick(self.now.frames or total)]
+    def __len__(self) -> int:
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> Tensor | str:
-        self.now = self.windows[index]
+        window, cfg = self.windows[index], self.cfg
+
+        def pick(total: int) -> list[int]:
+            """Frames of all clips, one after the other; they lie in the window."""
+            rule = SAMPLING[cfg.sampling][1]
+            clips = rule(window.frames or total, cfg.frames, cfg.stride, cfg.clips)
+            return [window.first + i for clip in clips for i in clip]
+
         try:
-            return super().__getitem__(index)[1]
+            clips = read_frames(window.path, pick).split(cfg.frames)
         except ValueError as error:
             return str(error)
+        how = (cfg.resolution, cfg.crops, cfg.augment == "torchvision")
+        return torch.cat([spatial_views(clip, *how) for clip in clips])
 
 
 # Flags that decide what the test views are.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from films import decoded, write
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 import data
 from data import (
     MultiScaleCrop,
     Videos,
-    Views,
     center_clip,
     collate,
     dense_views,
@@ -34,6 +35,7 @@ from data import (
 )
 from lib import lists
 from lib.engine import Order
+from lib.evaluate import WindowViews
 from lib.lists import Split, read_split
 
 # sampling rules
@@ -411,15 +413,27 @@ def test_unreadable_training_videos_are_reported_and_left_out(split, tmp_path):
 
 
 def test_evaluation_reads_all_views_and_leaves_nothing_out(split, tmp_path):
-    views = Views([*split.paths, tmp_path / "no.mp4"], dense_views, 4, 8, clips=2, size=32, crops=3)
-    index, found = views[1]
+    how = dict(frames=4, stride=8, clips=2, resolution=32, crops=3)
+    cfg = SimpleNamespace(**how, sampling="dense", augment="torchvision")
+    views = WindowViews([*split.paths, tmp_path / "no.mp4"], cfg)
+    found = views[1]
     frames = decoded(split.paths[1])
     want = [spatial_views(frames[clip], 32, 3) for clip in dense_views(41, 4, 8, 2)]
-    assert index == 1 and found.shape == (6, 4, 3, 32, 32) and torch.equal(found, torch.cat(want))
-    for workers in (0, 1):  # in a worker: its own message, in one line
-        with pytest.raises(ValueError) as caught:
-            list(make_loader(views, [[4]], workers, collate=operator.itemgetter(0)))
-        assert str(caught.value) == f"{tmp_path}/no.mp4: No such file or directory"
+    assert found.shape == (6, 4, 3, 32, 32) and torch.equal(found, torch.cat(want))
+    assert views[4] == f"{tmp_path}/no.mp4: No such file or directory"
+
+
+class Broken(Dataset):
+    """Items that raise what a broken file does."""
+
+    def __getitem__(self, index):
+        raise ValueError("no.mp4: no video")
+
+
+def test_an_error_in_a_worker_keeps_its_own_message_in_one_line():
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="^no.mp4: no video$"):
+            list(make_loader(Broken(), [[4]], workers, collate=operator.itemgetter(0)))
         assert not multiprocessing.active_children()
 
 

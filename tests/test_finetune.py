@@ -17,7 +17,7 @@ import torch
 import finetune
 import pretrain
 import visualize
-from data import SAMPLING, Split, Views, dense_views, read_split
+from data import SAMPLING, Split, read_split
 from finetune import PRESETS, Config, settle_clips
 from lib import engine, evaluate
 from model import Classifier
@@ -121,8 +121,7 @@ def test_video_score_is_the_mean_of_the_views_softmax(toy):
     assert not errors and model.seen == 30
     scores = torch.stack([*found.values()])
     assert scores.shape == (5, 6, 3)
-    views = Views(paths, dense_views, 8, 2, 3, 48, 2)
-    each = [Counting()(views[i][1]).softmax(dim=1) for i in range(5)]
+    each = [Counting()(views[i]).softmax(dim=1) for i in range(5)]
     assert torch.allclose(scores, torch.stack(each))
 
 
@@ -634,7 +633,7 @@ def test_with_held_out_videos_test_videos_are_looked_at_once(here, monkeypatch):
     seen, score = [], evaluate.each_video
 
     def each_video(model, views, *args):
-        seen.append({str(path) for path in views.paths})
+        seen.append({str(window.path) for window in views.windows})
         return score(model, views, *args)
 
     monkeypatch.setattr(evaluate, "each_video", each_video)
