@@ -350,9 +350,7 @@ def main(argv: list[str]) -> None:
         return work(detector, about, cfg, folder, device)
 
     if cfg.resolution > cfg.short_side:
-        raise ValueError(
-            f"--short-side {cfg.short_side} is less than --resolution {cfg.resolution}"
-        )
+        raise ValueError(f"--short-side {cfg.short_side} is below --resolution {cfg.resolution}")
     seconds = Seconds(data, cfg)
     cfg = fit_to_set(preset, cfg, len(seconds))
     count = sum(map(len, data.train.values()))

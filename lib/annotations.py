@@ -252,8 +252,7 @@ def read_names(file: str | Path) -> list[str]:
         found = [re.fullmatch(rf'([0-9]+){BETWEEN}"?(.*?)"?', line) for line in lines]
         pairs = [pair.groups() for pair in found] if all(found) else list(enumerate(lines))
     names = {int(number): name for number, name in pairs if str(number).isdecimal()}
-    first = min(names, default=0)
-    in_a_row = first < 2 and sorted(names) == list(range(first, first + len(pairs)))
+    in_a_row = sorted(names) in ([*range(len(pairs))], [*range(1, len(pairs) + 1)])
     if not names or not in_a_row or len(set(names.values())) < len(names):
         want = "one name per line, each once, or `number name` with numbers from 0"
         raise ValueError(f"{file} does not name the classes: write {want}")

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections import Counter
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -66,13 +67,9 @@ def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Spli
 
 
 def _write_lists(folder: Path, data: Path, missing: dict[Path], train: Split, test: Split) -> str:
-    """Write the missing paths, and lists of the videos that are there; says in a line where.
-
-    A list has the name of the flag that takes it.
-    """
-    parts = {"splits": train, "test-splits": test}
-    if train == test:
-        del parts["test-splits"]  # a list, which has no test part
+    """Write the missing paths and lists named by the flags that take them; says in a line where."""
+    # A list has no test part.
+    parts = {"splits": train} if train == test else {"splits": train, "test-splits": test}
     files = {"missing": missing}
     for flag, part in parts.items():
         videos = zip(part.paths, part.labels, strict=True)
@@ -131,8 +128,7 @@ def _next(dataset: str, train: Split, broken: dict[Path, str], **flags) -> None:
 def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) -> int:
     """Decode every video of both parts of a data set; print what is there and what is broken.
 
-    `dataset` is "ucf101", "hmdb51" or "own", `workers` a number of processes, the others are as in
-    read_split. Returns 0, or 1 where files are broken. Raises ValueError as _read does.
+    The exit code: 0, or 1 where files are broken. ValueError as of _read.
     """
     data = Path(data).expanduser()
     train, test = _read(dataset, data, splits, fold)
@@ -164,39 +160,38 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
 def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
     """Write all frames of a video, upright, for fast sampling; what decoding the source finds.
 
-    The job is (source, target, short side): frames shrink to that many pixels where they are larger
-    (None: never), and sides to even numbers. There is no sound. The target appears when it is
-    complete. Raises ValueError, with the path of the source, where that is broken, or where the
-    target has not as many frames.
+    The job is (source, target, short side): larger frames shrink to that many pixels (None: never),
+    and sides to even numbers. The target appears when it is complete. ValueError where the source
+    is broken, or the target has not as many frames.
     """
-    (source, target, short_side), stream = job, None
+    source, target, short_side = job
     found, again = Probe(), Probe()
+    frames = played(source, found)
+    first = next(frames)
+    share = min(1, (short_side or math.inf) / min(first.width, first.height))
+    size = [max(int(side * share) // 2 * 2, 2) for side in (first.width, first.height)]
     reformatter = av.video.reformatter.VideoReformatter()
+    how = dict(format="rgb24", interpolation="BICUBIC", threads=1)
+    picture = lambda frame: upright(reformatter.reformat(frame, *size, **how).to_ndarray(), frame)
+    # Of 30 settings of x264, MPEG-4 and MJPEG the fastest to sample at about 38 dB: a key frame
+    # every 12 frames, fixed quantiser 4.
+    options = {"g": "12", "qmin": "4", "qmax": "4"}
+    # As it was, such as 24000/1001: seconds stay where they are. MPEG-4 knows denominators and
+    # numerators up to 65535.
+    rate = min(max(found.rate, 1), 240)
+    rate = Fraction(rate).limit_denominator(int(65535 / rate))
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with av.open(f"file:{part}", "w", format="mp4") as container:
-            for frame in played(source, found):
+            stream = container.add_stream("mpeg4", rate=rate, options=options)
+            stream.codec_context.thread_count = 1
+            stream.height, stream.width = picture(first).shape[:2]
+            stream.pix_fmt = "yuv420p"
+            for frame in chain([first], frames):
                 alive()
-                if stream is None:
-                    share = min(1, (short_side or math.inf) / min(frame.width, frame.height))
-                    sides = frame.width, frame.height
-                    size = [max(int(side * share) // 2 * 2, 2) for side in sides]
-                how = dict(format="rgb24", interpolation="BICUBIC", threads=1)
-                image = upright(reformatter.reformat(frame, *size, **how).to_ndarray(), frame)
-                if stream is None:
-                    # Of 30 settings of x264, MPEG-4 and MJPEG the fastest to sample at about 38 dB:
-                    # a key frame every 12 frames, fixed quantiser 4.
-                    options = {"g": "12", "qmin": "4", "qmax": "4"}
-                    # As it was, such as 24000/1001: seconds stay where they are. MPEG-4 knows
-                    # denominators and numerators up to 65535.
-                    rate = min(max(found.rate, 1), 240)
-                    rate = Fraction(rate).limit_denominator(int(65535 / rate))
-                    stream = container.add_stream("mpeg4", rate=rate, options=options)
-                    stream.codec_context.thread_count = 1
-                    stream.height, stream.width = image.shape[:2]
-                    stream.pix_fmt = "yuv420p"
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+                image = av.VideoFrame.from_ndarray(picture(frame), format="rgb24")
+                container.mux(stream.encode(image))
             container.mux(stream.encode())
         for _ in played(part, again):
             alive()
@@ -218,8 +213,8 @@ def prepare(
 ) -> int:
     """Rewrite the videos of a list, or else all in folder `data`, to folder `out`; see rewrite.
 
-    Names stay. A second run goes on where the first stopped, and rewrites what has changed since.
-    Returns 0, or 1 where videos are broken. Raises ValueError as _read does.
+    A second run goes on where the first stopped, and rewrites what has changed since. The exit code
+    is that of check.
     """
     data, out = Path(data).expanduser(), Path(out).expanduser()
     places = data.resolve(), out.resolve()

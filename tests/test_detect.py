@@ -563,7 +563,7 @@ def test_a_film_is_predicted_and_drawn(here, tmp_path, capsys):
     [
         ("--init nowhere.pt", "nowhere.pt"),
         ("--init none --eval-only", "none has no trained head"),
-        ("--resolution 96", "--short-side 80 is less than --resolution 96"),
+        ("--resolution 96", "--short-side 80 is below --resolution 96"),
         ("--resolution 60", "60"),
         ("--actions 3", "1 to 3, see --actions.* must be unique"),
         ("--actions 13 --eval-only --init runs/detect-toy/checkpoint.pt", "--actions 12"),
