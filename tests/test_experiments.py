@@ -100,7 +100,7 @@ def test_an_ablation_changes_what_its_name_says(name):
 
 
 def test_scratch_differs_in_its_start_alone():
-    for how in ("tuned", "long", "few", "probe"):
+    for how in ("tuned", "long", "probe"):
         (_, scratch), (_, ours) = (
             parsed(jobs_of(f"{pre}:tennis7-{how}", 2)[-1]) for pre in ("none", "tennis7")
         )
@@ -138,7 +138,7 @@ def test_what_cells_share_runs_once():
     assert jobs_of(f"{MSE}@3", 1) == [first, tuned]
     assert [argv for argv, _ in tuned.chain] == [first.argv, tuned.argv]
     assert first.chain == tuned.chain[:1] == probe.chain[:1]
-    assert first != jobs_of(MSE, 2)[0] and len(jobs_of("none:tennis7-few", 1)) == 1
+    assert first != jobs_of(MSE, 2)[0] and len(jobs_of("none:tennis7-long", 1)) == 1
     groups = groups_of(["table1b", "figure3", "table3"], 1)
     names = [job.name for group in groups for job in group]
     assert len(names) == len(set(names)) and [first, tuned, probe] in groups
