@@ -237,6 +237,7 @@ def about_config(path: Path, found: dict[str, Tensor], about: dict) -> dict:
         side = values["image_size"]
         height, width = (side, side) if isinstance(side, int) else side
         more = dict(video_size=[values["num_frames"], height, width])
+        grid_of(more["video_size"], about["cube"])
         more |= {key: values[key] for key in ("stride", "sampling") if key in values}  # export.py
         needed = dict(model_type="videomae", hidden_act="gelu", cos_attn=False)
         needed["num_attention_heads"] = size["heads"]
@@ -378,8 +379,11 @@ def init_model(model: VideoMAE, path: str | Path) -> str:
 
 
 def grid_of(video_size, cube) -> tuple[int, int, int]:
-    """Cubes along (time, rows, columns)."""
-    return tuple(side // edge for side, edge in zip(video_size, cube, strict=True))
+    """Cubes along (time, rows, columns); ValueError where a side does not divide."""
+    sides = list(zip(video_size, cube, strict=True))
+    if any(side < edge or side % edge for side, edge in sides):
+        raise ValueError(f"clips of {by(video_size)} do not divide into cubes of {by(cube)}")
+    return tuple(side // edge for side, edge in sides)
 
 
 def by(numbers) -> str:

@@ -303,6 +303,8 @@ def test_other_sizes_keep_weights_and_the_places_of_positions():
     assert logits.shape == (1, 5) and model.encoder.video_size == (8, 48, 48)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.encoder_for((8, 48, 48)) is model.encoder
+    with pytest.raises(ValueError, match="do not divide"):
+        model.encoder_for((8, 50, 48))
 
 
 def test_clips_without_a_person_add_nothing():
