@@ -365,6 +365,8 @@ def main(argv: list[str]) -> None:
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:
             views = evaluate.WindowViews(watched.paths, replace(cfg, clips=1, crops=1))
             found, unreadable = evaluate.each_video(model, views, cfg, device)
+            if not found:
+                raise ValueError(f"no video can be read for --validate: {unreadable[0]}")
             labels = [watched.labels[i] for i in found]
             top1 = evaluate.accuracies(torch.stack([*found.values()]), labels)["top1"]
             run.log.write(step=step + 1, top1=top1, unreadable=len(unreadable))

@@ -14,9 +14,11 @@ and shows how an empty prediction and an untrained model look with that help.
 import csv
 import gc
 import io
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +50,7 @@ class Config:
     mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
     stats: Literal["visible", "oracle"] = opt("visible", "oracle: draw both kinds of statistics")
     stride: int | None = opt(None, "frames from one to the next; None: as in pre-training", 0)
-    out: str | None = opt(None, "PNG to write; None: beside the checkpoint or A.csv")
+    out: str | None = opt(None, "PNG to write; None: a new one beside the checkpoint or A.csv")
     gif: str | None = opt(None, "also write an animation to this GIF")
     seed: int = opt(0, "seed of the masks", 0)
     compare: tuple[str, ...] | None = opt(None, "A.csv B.csv: compare two models class by class")
@@ -374,10 +376,14 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     return clips
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], overwrite: bool = True) -> None:
+    """Draw what the flags ask for. `overwrite`: the figure of an earlier call, without --out."""
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
     name = "comparison.png" if cfg.compare else "reconstruction.png"
     out = Path(cfg.out or Path(cfg.compare[0] if cfg.compare else cfg.checkpoint).with_name(name))
+    if out.exists() and not (cfg.out or overwrite):
+        others = (out.with_stem(f"{out.stem}-{number}") for number in itertools.count(2))
+        out = next(other for other in others if not other.exists())
     model, about = (None, {}) if cfg.compare else load_model(cfg.checkpoint)
     for path, suffix in ((out, ".png"), (Path(cfg.gif or "x.gif"), ".gif")):
         if path.suffix != suffix or not path.parent.is_dir():
@@ -393,4 +399,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    engine.cli(main)
+    engine.cli(partial(main, overwrite=False))

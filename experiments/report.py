@@ -251,7 +251,7 @@ def with_folds(found: dict, old: dict) -> dict:
 def update_page(found: dict, page: Path) -> dict:
     """Write a page if there is something new. Returns the experiment as the page now holds it.
 
-    Seeds that the page has already stay in it. Where it was made by other cells, commands or
+    Folds that the page has already stay in it. Where it was made by other cells, commands or
     recipes, the one with more folds stays.
     """
     file = page.with_suffix(".json")
@@ -273,16 +273,9 @@ def report(experiments: dict[str, dict], folder: Path, overview: Path) -> None:
         found = update_page(json.loads(json.dumps(found)), folder / name)
         if not found["folds"]:
             continue
-        claims = claim_lines(found)
-        if len(claims) > 8:
-            gaps = claims_of(found)
-            counts = Counter(verdict(ours) for *_, ours in gaps)
-            said = ", ".join(f"{count} {word}" for word, count in counts.items())
-            whose = NOT_THEIRS if all(paper == NOT_THEIRS for _, paper, _ in gaps) else ""
-            claims = [f"| {len(claims)} claims | {whose} | | {said} |"]
         link = os.path.relpath(folder / f"{name}.md", overview.parent)
         took = f"{sum(found['minutes']):.0f} {MINUTES}, {len(found['folds'])} folds"
-        lines += [f"| **[{found['title']}]({link})** | | {took} | |", *claims]
+        lines += [f"| **[{found['title']}]({link})** | | {took} | |", *claim_lines(found)]
     parts = overview.read_text().split(MARK) if overview.exists() else []
     if len(parts) == 3 and len(lines) > len(CLAIMS):
         overview.write_text(MARK.join([parts[0], "\n".join(lines) + "\n", parts[2]]))

@@ -247,7 +247,8 @@ def main(argv: list[str]) -> None:
     known = ", ".join(EXPERIMENTS)
     about = f"all, or some of {known}"
     parser.add_argument("names", nargs="*", metavar="NAME", help=about)
-    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], metavar="FOLD")
+    about = "after the names: some of 1, 2 and 3 (default: all)"
+    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help=about)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--report", action="store_true", help="run nothing, read these folds' runs")
     args = parser.parse_args(argv)

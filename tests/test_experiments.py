@@ -73,11 +73,14 @@ def test_every_command_is_one_its_stage_accepts():
                 assert f"{LAB}/{cell.partition(':')[0]}-fold1/checkpoint.pt" in line
 
 
+OTHERS = ["tennis7", "tennis7-image", "tennis7-moco", "tennis7-labels"]
+OTHERS += ["ucf101_5-moco", "ucf101_5-labels"]
 CHANGES = {  # what a name changes of "epochs120", in pre-training
     "epochs120": {},
     "epochs60": dict(epochs=60, warmup=2.5),
     "depth4": dict(decoder_depth=4),
     "tube75": dict(ratio=0.75),
+    "tube95": dict(ratio=0.95),
     "random90": dict(mask="random"),
     "frame87": dict(mask="frame", ratio=0.875),
     "center": dict(model="center"),
@@ -97,6 +100,7 @@ def test_an_ablation_changes_what_its_name_says(name):
     changed = {key: value for key, value in vars(cfg).items() if value != getattr(usual, key)}
     changed.pop("name", None)
     assert changed == CHANGES[name]
+    assert {*PRETRAIN} - {*CHANGES} == {*OTHERS}
 
 
 def test_scratch_differs_in_its_start_alone():

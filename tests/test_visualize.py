@@ -340,6 +340,18 @@ def test_names_in_a_confusion_matrix_stand_apart(tmp_path, drawn):
         assert texts == (["100", "25", "75", "50", "50"] if number == 3 else [])
 
 
+def test_a_figure_is_overwritten_only_when_asked(tmp_path, drawn):
+    """At the end of a training, or with --out. By itself, a script takes the next free name."""
+    a = str(table(tmp_path / "a.csv", {"Run": 4}))
+    written = [set(tmp_path.glob("*.png"))]
+    for words, more in (((), {}), (("--out", str(tmp_path / "comparison.png")), {}),
+                        ((), dict(overwrite=False)), ((), dict(overwrite=False))):  # fmt: skip
+        visualize.main(["--compare", a, a, *words], **more)
+        written.append({path.name for path in tmp_path.glob("*.png")})
+    assert written[1] == written[2] == {"comparison.png"}
+    assert written[4] == {"comparison.png", "comparison-2.png", "comparison-3.png"}
+
+
 def test_comparison(tmp_path, drawn, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table("a.csv", {"Run": 4, "Walk": 1, "Same": 2})
