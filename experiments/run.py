@@ -62,7 +62,7 @@ class Job:
     def done(self) -> bool:
         """Whether this very job is done."""
         about = self.about()
-        return about["chain"] == self.chain and about.get("ended", False) and self.product.exists()
+        return about["chain"] == self.chain and about["ended"] and self.product.exists()
 
 
 STAGES = {
