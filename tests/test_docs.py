@@ -200,7 +200,7 @@ def flags_of(script):
     """The flags of a script, of its dataclass or of the argparse calls in its source."""
     source = (ROOT / script).read_text()
     if "class Config" in source:
-        config = importlib.import_module(script.removesuffix(".py")).Config
+        config = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Config
         names = {field.name.replace("_", "-") for field in dataclasses.fields(config)}
         return {f"--{name}" for name in names} | {f"--no-{name}" for name in names} | {"--help"}
     if script == "data.py":  # its commands are in the rooms below
@@ -211,7 +211,11 @@ def flags_of(script):
 SCRIPTS = ["pretrain.py", "contrast.py", "finetune.py", "linprobe.py", "detect.py"]
 SCRIPTS += ["visualize.py", "data.py"]
 SCRIPTS += ["experiments/run.py", "lib/export.py", "tests/benchmark.py", "tests/gpu.py"]
-MODULES = {"-m experiments.run": "experiments/run.py", "-m lib.weights": "lib/export.py"}
+SCRIPTS += ["experiments/scene.py", "experiments/motion.py"]
+MODULES = {"-m lib.weights": "lib/export.py"}
+MODULES |= {
+    f"-m experiments.{name}": f"experiments/{name}.py" for name in ("run", "scene", "motion")
+}
 
 
 def names_of(line):
