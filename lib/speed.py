@@ -94,7 +94,9 @@ def use_faster_attention() -> None:
     def attend(keys, q, k, v, *rest, **options):
         if plain(q, *rest, **options):
             # The second result, a statistic that only their backward needs, stays empty.
-            return attention(q, k, v), q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float()
+            batch, heads, queries, _ = q.shape
+            statistic = q.new_empty(batch, queries, heads, dtype=torch.float32).transpose(1, 2)
+            return attention(q, k, v), statistic
         return theirs.call_boxed(keys, q, k, v, *rest, **options)
 
     def attend_backward(keys, grad, q, k, v, out, statistic, *rest, **options):
@@ -122,7 +124,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q * q.shape[-1] ** -0.5
     for qi, ki, vi, part in in_cache(q, k, v, out, weights=q.shape[2] * k.shape[2]):
         torch.matmul((qi @ ki.mT).softmax(dim=-1), vi, out=part)
-    return out
+    return torch.empty_like(q).copy_(out)  # in memory like q: compiled code relies on it
 
 
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -136,4 +138,5 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[T
         dlogits = aten._softmax_backward_data(g @ vi.mT, weights, -1, weights.dtype)
         torch.matmul(dlogits, ki, out=dq).mul_(scale)
         torch.matmul(dlogits.mT, qi, out=dk)
-    return grads
+    # In memory (B, N, heads, d), like those of PyTorch's kernel: compiled code relies on it.
+    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in grads)

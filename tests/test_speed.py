@@ -61,6 +61,23 @@ def test_the_kernel_behind_sdpa_is_replaced_for_bf16_alone(monkeypatch):
     torch.testing.assert_close(causal.float(), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="torch before 2.9")
+def test_results_lie_in_memory_as_those_of_the_kernel_that_is_replaced():
+    """Compiled code relies on it: `--compile` in bf16 on a CPU stopped at the first step."""
+    speed.use_faster_attention()
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):  # PyTorch's, ours
+        # Queries, keys and values as model.py makes them, and contiguous ones.
+        strided = torch.randn(2, 50, 3, 3, 16, dtype=dtype).permute(2, 0, 3, 1, 4)
+        for inputs in (strided, strided.contiguous()):
+            out, statistic = kernel(*inputs)
+            back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            grads = back(out, *inputs, out, statistic, 0.0, False)
+            found.append([(x.shape, x.stride()) for x in (out, statistic, *grads)])
+    assert found[:2] == found[2:]
+
+
 def test_sharp_attention_in_bf16_rounds_logits_no_more_than_once():
     """Logits of up to 60, with an error of one in 256."""
     q, k, v = (4 * torch.randn(1, 2, 400, 64) for _ in range(3))
