@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import SAMPLING, read_split, spatial_views
+import finetune
+from data import read_split
 from lib import engine
 from lib.engine import opt
-from lib.video import read_frames
+from lib.evaluate import WindowViews
 from lib.weights import load_model
 
 
@@ -46,17 +47,13 @@ def main(argv: list[str]) -> None:
     model, about = load_model(cfg.checkpoint, classifier=True)
     split = read_split(cfg.data, cfg.splits)
     frames, size, _ = model.encoder.video_size
-    rule = SAMPLING[about.get("sampling", "dense")][1]
-
-    def pick(total: int) -> list[int]:
-        """Frames of all clips, one after the other."""
-        return [i for clip in rule(total, frames, about["stride"], cfg.clips) for i in clip]
-
+    what = dict(frames=frames, stride=about["stride"], sampling=about.get("sampling", "dense"))
+    how = finetune.Config(**what, resolution=size, clips=cfg.clips, crops=1)
     generator = torch.Generator().manual_seed(engine.derive_seed("motion", cfg.seed))
     hits = {}
-    for path, label in zip(split.paths, split.labels, strict=True):
-        clips = read_frames(path, pick).split(frames)
-        clips = torch.cat([spatial_views(clip, size, crops=1) for clip in clips])
+    for clips, label in zip(WindowViews(split.paths, how), split.labels, strict=True):
+        if isinstance(clips, str):
+            raise ValueError(clips)
         for name, order in orders(frames, generator).items():
             scores = model(clips[:, order]).softmax(dim=1).mean(dim=0)
             hits.setdefault(name, []).append(int(scores.argmax()) == label)
