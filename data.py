@@ -285,7 +285,6 @@ class Videos(Dataset):
     def augment(self, index: int, frames: Tensor) -> tuple[Tensor, int]:
         """Frames of video `index` -> clips (R, T, C, H, W), label."""
         clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
-        # One transform for all clips of a video, or a list with one for each.
         several = isinstance(self.transform, list)
         transforms = self.transform if several else [self.transform] * self.repeats
         pairs = zip(transforms, clips, strict=True)
@@ -360,9 +359,8 @@ def make_loader(
 
 def _begin_worker(worker: int) -> None:
     # What to do about a signal that asks a run to stop is up to the main process.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # not everywhere
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -245,8 +245,7 @@ def read_names(file: str | Path) -> list[str]:
     """
     file = Path(file).expanduser()
     if file.suffix.lower() == ".json":
-        content = _load(file)
-        pairs = [(number, name) for name, number in dict(content).items()]
+        pairs = [(number, name) for name, number in dict(_load(file)).items()]
     else:
         lines = list_lines(file).values()
         found = [re.fullmatch(rf'([0-9]+){BETWEEN}"?(.*?)"?', line) for line in lines]

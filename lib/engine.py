@@ -82,14 +82,15 @@ def _argument(kind) -> dict:
 
 
 def cli(main) -> None:
-    """Run a script's main. A ValueError or OSError of our own files ends it with one line."""
+    """Run a script's main. An OSError, or a ValueError of our own files, ends it with one line."""
     print_any_name()
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
         project = Path(__file__).resolve().parents[1]
         raised_in = Path(inspect.trace()[-1].filename).resolve()
-        if not raised_in.is_relative_to(project) or "site-packages" in raised_in.parts:
+        ours = raised_in.is_relative_to(project) and "site-packages" not in raised_in.parts
+        if not ours and not isinstance(error, OSError):
             raise
         message = str(error)
     except KeyboardInterrupt:
@@ -196,9 +197,7 @@ def derive_seed(*key: int | str) -> int:
 
     It is a pure function. So no state of random generators has to be saved or shared.
     """
-    numbers = [
-        part if isinstance(part, int) else int.from_bytes(part.encode(), "big") for part in key
-    ]
+    numbers = [x if isinstance(x, int) else int.from_bytes(os.fsencode(x), "big") for x in key]
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 

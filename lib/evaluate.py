@@ -67,18 +67,21 @@ def cut(path: Path, every: float | None) -> list[Window]:
     """A film in windows of `every` seconds, at least a frame; the last one is what is left.
 
     Second s is frame floor(s * rate), where `rate` is the file's average of frames per second. One
-    window, if `every` is None or the file cannot be read.
+    window, if `every` is None, the file cannot be read, or, with a note, if it says no rate.
     """
     about, totals = Probe(), []
     if every:
         with suppress(ValueError):  # scoring it says why
             next(played(path, about))
             read_frames(path, lambda total: totals.append(total) or [0])
-    if not totals:
+    if totals and not about.rate:
+        Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
+    if not totals or not about.rate:
         return [Window(path)]
-    step = max(every * about.rate, 1)
-    firsts = [int(k * step) for k in range(math.ceil(totals[0] / step))]
-    parts = enumerate(pairwise([*firsts, totals[0]]))
+    # The last one: where only decoding tells the number of frames, a guess comes before.
+    total, step = totals[-1], max(every * about.rate, 1)
+    firsts = [int(k * step) for k in range(math.ceil(total / step))]
+    parts = enumerate(pairwise([*firsts, total]))
     return [Window(path, k * every, first, end - first) for k, (first, end) in parts]
 
 
@@ -90,11 +93,12 @@ def fit_classes(split: Split, classes: list[str], whose: str) -> Split:
     """
     unnamed = all(re.fullmatch(rf"(class |LABEL_)?{i}", name) for i, name in enumerate(classes))
     known, count, numbers = len(classes), len(split.classes), split.kind == "list"
-    if not unnamed and not numbers:
+    # Folders may be called 0, 1, 2: then these are names.
+    if not numbers and (not unnamed or {*split.classes} & {*classes}):
         split = relabel(split, classes, whose)
     elif count > known or (count < known and not numbers):
         raise ValueError(f"{whose}: there are {known} classes, these videos have {count}")
-    if unnamed != numbers:
+    elif unnamed != numbers:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
     if 0 < len({*split.labels}) < known:
         Run.say(f"note: {whose}: these videos are of {len({*split.labels})} of {known} classes")
@@ -105,7 +109,7 @@ def fit_classes(split: Split, classes: list[str], whose: str) -> Split:
 
 
 class WindowViews(Dataset):
-    """Test views of paths or Windows, each from one decode. `cfg` is what settle_clips returns.
+    """Test views of paths or Windows, each from one decode. `cfg`: the settled flags.
 
     Item i is the views (clips * crops, T, C, size, size) uint8, or why the file cannot be read.
     `keys` stand for the items where results are kept.
@@ -136,8 +140,8 @@ class WindowViews(Dataset):
         return torch.cat([spatial_views(clip, *how) for clip in clips])
 
 
-# Flags that decide what the test views are.
-VIEWS = "frames stride sampling resolution clips crops augment".split()
+# Flags that decide what the model gets.
+VIEWS = "frames stride sampling resolution cube clips crops augment".split()
 
 
 def softmax_or_mean(out: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ def each_video(
                 kept |= results
                 errors |= more
     except KeyboardInterrupt:
-        print(f"stopped: {path} keeps {len(kept)} videos for the next time" if path else "stopped")
+        Run.say(f"stopped: {path} keeps {len(kept)} videos" if path else "stopped")
         sys.exit(130)
     finally:
         save()
@@ -260,9 +264,8 @@ def write_results(folder: Path, test: Split, cfg, scores: Tensor, **about) -> st
     result, rows = accuracies(scores, test.labels), [visualize.PREDICTIONS]
     for path, label, values in zip(test.paths, test.labels, scores.mean(dim=1), strict=True):
         names, values = top_five(values, test.classes)
-        name = test.classes[label]
-        row = [path, name, names[0], int(name == names[0]), ";".join(names), ";".join(values)]
-        rows.append(row)
+        name, top5 = test.classes[label], ";".join(names)
+        rows.append([path, name, names[0], int(name == names[0]), top5, ";".join(values)])
     write_csv(folder / "predictions.csv", rows)
     visualize.plot_classes(folder / "predictions.csv", folder / "classes.png")
     visualize.plot_confusion(folder / "predictions.csv", folder / "confusion.png")

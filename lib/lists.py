@@ -53,11 +53,11 @@ def read_split(
                                          own name, else all videos below `data` but hidden ones;
                                          the name of a video's folder is its class
 
-    The last three know no test part: give another file or folder. `classes_file` names the classes
-    by number, see annotations.read_names. `missing` videos are an error, or are left out ("skip").
-    What was left out is printed. Counts of the official lists are checked. Names need not be UTF-8:
-    they are the file system's bytes. Raises ValueError for missing files and folders, malformed
-    lines, a video listed twice (it would count twice), and videos or groups in both parts.
+    Only official lists know a test part: for others, give another file or folder. `classes_file`
+    names the classes by number, see annotations.read_names. `missing` videos are an error, or are
+    left out ("skip"), which is printed. Counts of the official lists are checked. Names need not be
+    UTF-8: they are the file system's bytes. Raises ValueError for missing files and folders,
+    malformed lines, a video listed twice (it would count twice), and videos in both parts.
     """
     found = listed(data, splits, fold, train, classes_file)
     absent = missing_videos(found)
@@ -65,7 +65,8 @@ def read_split(
         line = f"{len(absent)} of {len(found.paths)} listed videos are missing"
         line += f", the first is {brief(absent[0])}"
         if missing == "error" or len(absent) == len(found.paths):
-            raise ValueError(line + why_missing(absent[0], Path(data).expanduser()))
+            how = ": `data.py check` lists them all, --missing skip leaves them out"
+            raise ValueError(line + why_missing(absent[0], Path(data).expanduser(), how))
         out = set(absent)
         kept = [i for i, path in enumerate(found.paths) if path not in out]
         paths, labels = [found.paths[i] for i in kept], [found.labels[i] for i in kept]
@@ -81,14 +82,14 @@ def missing_videos(split: Split) -> list[Path]:
     return [path for path in split.paths if not os.path.isfile(path)]
 
 
-def why_missing(path: Path, data: Path) -> str:
+def why_missing(path: Path, data: Path, otherwise: str) -> str:
     """What is there instead of a missing video, and what to do; begins with a colon."""
     if os.path.isdir(path) and any(ending(name) in annotations.IMAGES for name in os.listdir(path)):
         return f": {frames_line(data, path)}"
     there, differs = nearly(path)
     if there:
         return f": there is {brief(there)}, only {differs} differ: rename it"
-    return ": `data.py check` lists them all, --missing skip leaves them out"
+    return otherwise
 
 
 def nearly(path: Path) -> tuple[Path | None, str]:
@@ -156,12 +157,10 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
         raise ValueError(f"{splits} lists {brief(twice[0])} twice")
     if not found.paths:
         raise ValueError(f"no videos in {splits or data}")
-    if classes_file:
-        found = name_classes(found, classes_file)
     if min({*found.labels} - {-1}, default=0) == 1:
         one = "no video has label 0: labels seem to begin at 1; the class 0 stays empty"
         found.notes.append(one)
-    return found
+    return name_classes(found, classes_file) if classes_file else found
 
 
 def name_classes(split: Split, file: str | Path) -> Split:

@@ -19,9 +19,8 @@ import av
 from data import TOY, TOY_FILMS, fitting_stride
 from lib import engine
 from lib.annotations import brief, list_lines
-from lib.lists import LISTS, Split, check_kind, listed, nearly, read_split, video_files
+from lib.lists import LISTS, Split, check_kind, listed, read_split, video_files, why_missing
 from lib.processes import in_processes
-from lib.toy import MOTIONS as MOTIONS
 from lib.toy import make_toy, make_toy_films
 from lib.video import LONG, Probe, played, shown, upright
 
@@ -53,13 +52,9 @@ def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Spli
     missing = dict.fromkeys(path for path in paths if not os.path.isfile(path))
     if missing:
         first = next(iter(missing))
-        there, differs = nearly(first)
+        unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
         error = f"{len(missing)} of {len(paths)} listed videos are missing, the first is "
-        error += shown(first)
-        if there:
-            error += f": there is {shown(there)}, only {differs} differ: rename it"
-        elif dataset in LISTS:
-            error += f": docs/data.md says how to unpack {dataset}"
+        error += brief(first) + why_missing(first, data, unpack)
         if len(missing) < len(paths):
             error += _write_lists(Path("runs", f"check-{dataset}"), data, missing, train, test)
         raise ValueError(error)
@@ -251,18 +246,13 @@ def prepare(
     return int(bool(broken))
 
 
-def write_toy(detect: bool) -> None:
-    """The toy videos, or with `detect` the toy films, where they are looked for."""
-    make_toy_films(TOY_FILMS) if detect else make_toy(TOY)
-
-
 def main(argv: list[str]) -> None:
     """`data.py toy|check|prepare`: see the docstring of data.py."""
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(required=True)
     toy = commands.add_parser("toy", help=f"write the toy data set to {TOY}")
     toy.add_argument("--detect", action="store_true", help=f"instead, films in {TOY_FILMS}")
-    toy.set_defaults(work=write_toy)
+    toy.set_defaults(work=lambda detect: make_toy_films(TOY_FILMS) if detect else make_toy(TOY))
     test = commands.add_parser("check", help="decode all videos once, name what is broken")
     test.set_defaults(work=check)
     new = commands.add_parser("prepare", help="rewrite all videos, so that clips are read faster")

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from lib import engine, speed
 from lib.engine import opt
 
-# What may differ on --resume, because it does not change the training.
+# What may differ on --resume. Of these, only micro changes the training: other masks are drawn.
 MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
-boxes threshold eval_only predict name resume device compile memory log_every
-save_minutes""".split()
+boxes threshold name resume device compile memory log_every save_minutes""".split()
 
 
 @dataclass
@@ -59,7 +58,9 @@ def fit_to_set(preset: str, cfg, videos: int):
     """Recipe "own": a batch no larger than the set; what no flag gives is set for `steps` steps."""
     if preset != "own":
         return cfg
-    micro = cfg.micro and min(cfg.micro, max(videos // engine.processes(), 1))
+    if videos < engine.processes():
+        raise ValueError(f"{engine.processes()} processes, but {videos} videos: start fewer")
+    micro = cfg.micro and min(cfg.micro, videos // engine.processes())
     share = (micro or 1) * engine.processes()  # a step is a multiple of it
     batch = max(min(cfg.batch, videos) // share, 1) * share
     epochs = cfg.epochs or math.ceil(cfg.steps / (videos // batch))
@@ -141,7 +142,9 @@ class Run:
         if not self.cfg.resume:
             raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --name")
         state = engine.load_checkpoint(path, self.stage)
-        before, now = ({**c.pop("flags"), **c} for c in (state["config"], dict(self.config)))
+        # The model of the config are its sizes, that of the flags is a name.
+        flat = lambda c: c["flags"] | {f"the {key}": c[key] for key in c.keys() - {"flags"}}
+        before, now = flat(state["config"]), flat(self.config)
         changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
         if changed:
             was = "; ".join(f"{key} was {str(before[key])[:40]}" for key in changed)
@@ -256,12 +259,16 @@ class Run:
         """Write about the steps since the last line. ValueError where a loss is not finite."""
         losses = torch.stack(self.losses)
         if engine.processes() > 1:
-            # Processes talk here only: about losses, and whether one was asked to stop.
-            mine = torch.cat([losses, losses.new_tensor([self.asked])])
+            # Processes talk here only: of losses, broken videos, and whether one was asked to stop.
+            mine = torch.cat([losses, losses.new_tensor([self.asked, len(self.unreadable)])])
             parts = [torch.empty_like(mine) for _ in range(engine.processes())]
             dist.all_gather(parts, mine)
-            losses = torch.stack(parts)[:, :-1].mean(dim=0)
-            self.stop = int(max(part[-1] for part in parts))
+            losses, asked, broken = torch.stack(parts).split([len(losses), 1, 1], dim=1)
+            losses, self.stop = losses.mean(dim=0), int(asked.max())
+            if broken.any():
+                found = [None] * engine.processes()
+                dist.all_gather_object(found, self.unreadable)
+                self.unreadable = {path: error for part in found for path, error in part.items()}
         losses, self.losses = losses.tolist(), []
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):

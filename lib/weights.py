@@ -367,9 +367,14 @@ def init_model(model: VideoMAE, path: str | Path) -> str:
     """Load weights to go on pre-training from; returns a report of one line.
 
     The decoder stays new where the weights have none or another one. ValueError unless the encoder
-    fits. LayerNorm eps stays as it is: training makes up for other ones, such as Hugging Face's.
+    fits, with its cubes and kind of positions. LayerNorm eps stays as it is: training makes up for
+    other ones, such as Hugging Face's.
     """
     state, about = read_weights(path)
+    for key in {"cube", "positions"} & about.keys():
+        if about[key] != model.config[key]:
+            theirs = str(about[key]).strip("[]").replace(",", "")
+            raise ValueError(f"{path} has other {key}: add --{key} {theirs}")
     # Those of CrossMAE's decoder are named like the others', but mean something else.
     if (about.get("name") == "cross") == isinstance(model, MODELS["cross"]):
         with suppress(ValueError):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -164,8 +165,12 @@ def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
     assert said.startswith("error: none.pt is not") and said.endswith("remove it to start anew\n")
+    assert engine.derive_seed("figure", "v\udce4.avi") > 0  # names of files need not be UTF-8
     with pytest.raises(ValueError, match="Expecting value"):
         engine.cli(lambda argv: json.loads("no json"))
+    with pytest.raises(SystemExit):  # a folder that cannot be made is no bug, wherever it shows
+        engine.cli(lambda argv: Path("/dev/null/runs").mkdir())
+    assert capsys.readouterr().err.startswith("error: [Errno 20] Not a directory")
 
 
 # runs: a model of one weight, data of numbers
@@ -194,7 +199,7 @@ class OneWeight(nn.Module):
 DEFAULTS = dict(
     epochs=2, batch=4, micro=2, base_lr=0.1, min_lr=0, warmup=0, clip_grad=None, precision="fp32",
     seed=0, workers=0, resume=False, compile=False, memory="fast", log_every=2, save_minutes=100,
-    repeats=1,
+    repeats=1, model="a",
 )  # fmt: skip
 
 
@@ -254,6 +259,11 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
         begin()
     with pytest.raises(ValueError, match=r"with other flags \(epochs was 2\)"):
         begin(resume=True, epochs=3)
+    with pytest.raises(ValueError, match=r"with other flags \(model was a\)"):
+        begin(resume=True, model="b")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the model was .*one"):
+        patch.setattr(OneWeight, "config", dict(size="two"))
+        begin(resume=True)
     with pytest.raises(ValueError, match="--warmup 2 must be less than --epochs 2"):
         begin(warmup=2)
     finish(begin(resume=True))  # nothing is left to do, and nothing is done

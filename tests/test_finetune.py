@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import films
 import numpy as np
 import pytest
 import torch
@@ -419,6 +420,21 @@ def test_a_film_is_predicted_window_by_window_from_its_own_frames(here, tmp_path
     assert evaluate.cut(tmp_path / "gone.avi", 1) == [(tmp_path / "gone.avi", 0, 0, 0)]
 
 
+def test_a_film_that_must_be_decoded_to_count_is_cut_whole(tmp_path, monkeypatch, capsys):
+    """The number of its frames is guessed before it is known."""
+    for name, codec in (("a.mpg", "mpeg2video"), ("a.webm", "libvpx")):
+        film = films.write(tmp_path / name, codec)  # 60 frames, 25 per second
+        windows = evaluate.cut(film, 1.0)
+        assert [(w.start, w.first, w.frames) for w in windows] == [
+            (0, 0, 25),
+            (1, 25, 25),
+            (2, 50, 10),
+        ]
+    monkeypatch.setattr(evaluate, "played", lambda path, about: iter([None]))  # it says no rate
+    assert evaluate.cut(film, 1.0) == [(film, 0, 0, 0)]
+    assert "says no frame rate" in capsys.readouterr().out
+
+
 def test_resumed_finetuning_is_the_uninterrupted_one(here, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
@@ -598,6 +614,18 @@ def test_overlap_and_labels_are_checked(tmp_path):
         parts("a.avi 0\nb.avi 1\n", "c.avi 3\n")
     train, test = parts("a.avi x\nb.avi y\nd.avi z\n", "c.avi z\n")  # x and y have no test videos
     assert test.labels == [2] and test.classes == train.classes == ["x", "y", "z"]
+    for name in ("in/0/a", "in/1/b", "in/2/c", "out/1/d", "wrong/3/e"):  # folders may be numbers
+        file = tmp_path / f"{name}.avi"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"")
+    train, test = finetune.read_parts(
+        Config(data=f"{tmp_path}/in", test_data=f"{tmp_path}/out"), "own"
+    )
+    assert test.labels == [1] and test.classes == train.classes == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="no class is called 3"):
+        (tmp_path / "wrong/1").mkdir()
+        shutil.copy(tmp_path / "out/1/d.avi", tmp_path / "wrong/1")
+        finetune.read_parts(Config(data=f"{tmp_path}/in", test_data=f"{tmp_path}/wrong"), "own")
     with pytest.raises(ValueError, match="the training videos: no class is called w"):
         parts("a.avi x\nb.avi y\n", "c.avi w\n")
     with pytest.raises(ValueError, match="--data is missing"):
@@ -612,6 +640,9 @@ def test_shots_are_balanced_and_drawn_by_the_seed():
     labels = dict(zip(split.paths, split.labels, strict=True))
     assert [labels[path] for path in first.paths] == first.labels
     assert finetune.draw_shots(split, 0, 0) is split
+    split.classes.insert(0, "none")  # labels that begin at 1
+    split.labels[:] = [label + 1 for label in split.labels]
+    assert Counter(finetune.draw_shots(split, 4, 0).labels) == {1: 4, 2: 4, 3: 4}
 
 
 def test_held_out_videos_are_a_share_of_each_class_and_films_stay_together():

@@ -65,6 +65,12 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
         file.truncate(1000)
     linprobe.main(flags)  # a broken cache is as none
     assert result("linprobe-toy") == first
+    # Cubes of other sides, of equal weights in the same shapes.
+    flags += "--init random --positions 1d --resolution 32 --name cubes --cube 2".split()
+    linprobe.main([*flags, "4", "16"])
+    monkeypatch.setattr(linprobe.WindowViews, "__getitem__", None)
+    with pytest.raises(TypeError):
+        linprobe.main([*flags, "16", "4"])
 
 
 def test_an_untrained_encoder_has_other_features_and_a_folder_of_its_own(here):

@@ -235,6 +235,7 @@ def test_classes_get_their_names_from_a_file(read, tmp_path, capsys):
         assert read(text, classes_file=file)[1:] == ([1, 0, -1], ["walk", "run fast"])
         # A list of names gets the numbers of the file.
         assert read("v0.mp4 walk\nv1.mp4 run fast\n", classes_file=file)[1] == [0, 1]
+        assert read("v0.mp4 run fast\n", classes_file=file)[1] == [1]
     (tmp_path / "labels.json").write_text('{"run": "1", "walk": "0"}')
     assert read(text, classes_file=tmp_path / "labels.json")[2] == ["walk", "run"]
     assert capsys.readouterr().out == ""

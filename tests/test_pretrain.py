@@ -77,14 +77,20 @@ def test_vectors_and_the_mask_token_do_not_decay(here, monkeypatch):
 
 
 def test_processes_change_nothing(beside, train):
-    """At equal --micro, one, two and four processes give the same curve."""
-    flags = [*TINY, "--data", beside, "--epochs", "1"]
+    """At equal --micro, one, two and four processes give the same curve, and count alike."""
+    os.makedirs("one broken")
+    for i, path in enumerate(pretrain.prepare.read_split(beside).paths):
+        os.symlink(path, f"one broken/{i}.avi")
+    os.unlink("one broken/3.avi")
+    open("one broken/3.avi", "w").close()
+    flags = [*TINY, "--data", "one broken", "--epochs", "1"]
     pretrain.main([*flags, "--micro", "2", "--name", "one"])
     train(2, "pretrain", *flags, "--micro", "2", "--name", "two")
     train(4, "pretrain", *flags, "--micro", "2", "--name", "four")
     expected = weights("one")
     for name in ("two", "four"):
         assert losses(name) == pytest.approx(losses("one"), rel=1e-5)
+        assert json.loads(open(f"runs/{name}/log.jsonl").readlines()[-1])["unreadable"] == 1
         for key, value in weights(name).items():
             torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-3)
 
@@ -265,6 +271,9 @@ def test_own_videos_get_a_batch_and_steps_that_fit(here, monkeypatch, capsys):
     pretrain.main(["--data", "five", *small, "--steps", "2", "--micro", "2", "--name", "z"])
     flags = json.loads(open("runs/z/log.jsonl").readline())["config"]["flags"]
     assert (flags["batch"], flags["micro"], flags["epochs"]) == (4, 2, 2)
+    monkeypatch.setattr(engine, "processes", lambda: 6)
+    with pytest.raises(ValueError, match="6 processes, but 5 videos"):
+        pretrain.fit_to_set("own", pretrain.Config(), 5)
 
 
 def test_going_on_from_weights_begins_where_they_ended(beside, capsys):
@@ -278,3 +287,7 @@ def test_going_on_from_weights_begins_where_they_ended(beside, capsys):
     pretrain.main([*flags, *init, "--resolution", "64", "--name", "larger"])
     assert weights("larger")["encoder.pos_embed"].shape[0] == 4 * 8 * 8
     assert "interpolated" in capsys.readouterr().out
+    for other in ("--positions 1d", "--cube 8 4 4"):
+        want = {"--positions 1d": "--positions 3d", "--cube 8 4 4": "--cube 2 8 8"}[other]
+        with pytest.raises(ValueError, match=f"whole/checkpoint.pt has other .*: add {want}"):
+            pretrain.main([*flags, *init, *other.split(), "--name", "other"])
