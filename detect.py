@@ -68,7 +68,7 @@ class Config(ModelConfig, RunConfig):
     micro: int | None = opt(None, "clips per GPU and forward pass; None: no accumulation", 1)
     base_lr: float = opt(2.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
     min_lr: float = opt(1e-6, "last learning rate, scaled like base_lr")
-    warmup: float | None = opt(5, "epochs of linear warm-up", 0)
+    warmup: float | None = opt(5, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases and norms")
     layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
@@ -79,7 +79,7 @@ class Config(ModelConfig, RunConfig):
 
 # Table 12 and Appendix B; the scripts agree. The columns are pre-training on K400 alone, and
 # additional fine-tuning on K400's labels ("labels"). What is not said here is the default above:
-# batch, warm-up, drop path, betas, weight decay. Toy and own are ours.
+# batch, warm-up, drop path, weight decay. Toy and own are ours.
 AVA = dict(begin=900, stride=4, short_side=256)  # films of 15 minutes, cut as docs/data.md says
 SMALL, LARGE = dict(AVA, size="small", layer_decay=0.6), dict(AVA, size="large")
 HUGE = dict(AVA, size="huge", layer_decay=0.8, epochs=20)

@@ -8,7 +8,7 @@
 WEIGHTS is what finetune.py takes, or its checkpoint. Each video is decoded once; its features, the
 mean over the encoder's last tokens, stay in runs/NAME/features.pt. The head is trained on those in
 seconds. Its learning rate is the best one on held-out training videos; test videos are looked at
-once, at the end. Leaves runs/NAME/ with features.pt, results.json, predictions.csv, classes.png.
+once, at the end. Leaves runs/NAME/ with features.pt, results.json, predictions.csv and figures.
 Expect less than from fine-tuning: 38.9 % where that gives 69.6 % (paper, Something-Something V2).
 """
 

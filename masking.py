@@ -6,7 +6,7 @@ one token. Its index is n = (time * h + row) * w + column. A masking strategy is
 
     mask = strategy(video, grid, ratio, generator)
 
-    video      B clips (B, T, C, H, W) of H x W pixels; your own strategy may look at them
+    video      B clips (B, T, C, H, W) of H x W pixels; a strategy of your own may look at pixels
     grid       (t, h, w)
     ratio      share of the tokens to mask, between 0 and 1
     generator  torch.Generator on the device of the video; None: torch's global one
@@ -38,8 +38,8 @@ def num_masked(total: int, ratio: float) -> int:
 def choose(video: Tensor, total: int, ratio: float, generator: Generator = None) -> Tensor:
     """(B, total) bool: in each row, num_masked(total, ratio) random places are True."""
     noise = torch.rand(len(video), total, generator=generator, device=video.device)
-    # argsort of noise is a random permutation of 0 ... total - 1. Exactly `count` of its numbers
-    # are below `count`.
+    # argsort of noise is the numbers 0 ... total - 1 in random order. Those below `count` mark the
+    # masked places.
     count = num_masked(total, ratio)
     return noise.argsort(dim=1) < count
 
@@ -51,8 +51,8 @@ def tube_mask(video: Tensor, grid: Grid, ratio: float, generator: Generator = No
     """
     t, h, w = grid
     # Neighbouring frames are nearly alike. If a cube were masked at one time step only, the model
-    # could copy it from the same place one step later. A tube masks that place at all time steps.
-    # The h*w tokens of a time step are consecutive, so repeating the mask gives all steps the same.
+    # could copy it from the same place one step later. So all time steps get the same mask. The h*w
+    # tokens of a time step are consecutive: `repeat` puts the mask there t times in a row.
     return choose(video, h * w, ratio, generator).repeat(1, t)
 
 

@@ -3,7 +3,7 @@
     video -> cubes -> visible cubes -> encoder -> latents, mask tokens -> decoder -> masked cubes
 
 After pre-training the decoder is thrown away and the encoder is fine-tuned, see Classifier. Letters
-in shapes, here and in every other file, with the numbers of a base model and tubes at 90 %:
+in shapes, with the numbers of a base model and tubes at 90 %:
 
     B  clips in the batch     T  frames, 16     C  colours, 3     H, W  height and width, 224 pixels
     N  tokens, one per cube: 8 * 14 * 14 = 1568    V  visible, 8 * 20 = 160    M  masked, 8 * 176
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(
             qkv, "b n (three heads e) -> three b heads n e", three=3, heads=self.heads
         )
-        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(e)) v
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(e)) v, e = D / heads
         return self.proj(rearrange(x, "b heads n e -> b n (heads e)"))
 
 
@@ -116,8 +116,8 @@ def normalize_cubes(cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Cubes (B, N, P) float -> normalised cubes (B, N, P), mean and std (B, N, 1, C).
     """
-    # Brightness and contrast of a cube are easy to guess from its neighbours, and would be most of
-    # the loss. Without them, what counts is the structure within the cube.
+    # Brightness and contrast of a cube are easy to guess from its neighbours. They would make up
+    # most of the loss. Without them, what counts is the structure within the cube.
     pixels = rearrange(cubes, "b n (pixels c) -> b n pixels c", c=3)  # colour is the fastest index
     mean = pixels.mean(dim=2, keepdim=True)
     # The 1e-6 is there so that a cube of one colour does not divide by 0.
@@ -143,11 +143,11 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     n = torch.arange(t * h * w)  # the tokens in their order
     if kind == "1d":
         return sincos(n, dim, 10000).float()
-    # A token and the one below it differ by w in n, so "1d" codes them as if they were far apart.
-    # With an axis each for time, row and column, all neighbours get similar codes.
+    # A token and the one below it are neighbours in the image. Their n differ by w, so "1d" gives
+    # them different codes. With an axis each for time, row and column, neighbours are alike.
     time, row, column = n // (h * w), n // w % h, n % w
     third = dim // 6 * 2  # an even number of values; those left over stay 0
-    # An axis has tens of steps, not thousands. So the temperature is 100, not 10000.
+    # The temperature sets the longest wavelength. An axis has tens of steps, so 100 is enough.
     table = [sincos(axis, third, 100) for axis in (time, row, column)]
     return F.pad(torch.cat(table, dim=1), (0, dim - 3 * third)).float()
 
@@ -163,7 +163,7 @@ def split_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     ValueError unless all clips mask the same number of tokens, at least one and not all.
     """
-    # V and M must be numbers on the CPU. This is the only place in forward that waits for the GPU.
+    # V and M are sizes of tensors, so the CPU must know them. It waits for the GPU here only.
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(f"all clips must mask the same number of tokens, not {counts}")
@@ -184,8 +184,8 @@ class Encoder(nn.Module):
         self.video_size, self.cube = tuple(video_size), tuple(cube)
         self.grid = tuple(side // edge for side, edge in zip(video_size, cube, strict=True))
         cube_pixels = cube[0] * cube[1] * cube[2]
-        # The paper's Conv3d, whose kernel and stride are a cube, as a Linear on its values: it can
-        # embed the visible cubes alone. PyTorch's initialisation stays (official code).
+        # The paper embeds with a Conv3d whose kernel and stride are a cube. A Linear on the values
+        # of a cube computes the same, also of visible cubes alone. Its initialisation is PyTorch's.
         self.patch_embed = nn.Linear(cube_pixels * 3, dim)
         self.register_buffer("pos_embed", position_table(self.grid, dim, positions))
         # The rate of drop path grows linearly with depth, from 0.
@@ -193,8 +193,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.blocks.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
-        # Input pixels are normalised by ImageNet's statistics. The target is made from the pixels
-        # before that, in 0-1. These tensors are constants, so no checkpoint needs them.
+        # The encoder reads pixels normalised by ImageNet's mean and std. The target is made from
+        # pixels in 0-1. These tensors are constants, so no checkpoint needs them.
         for name, colours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(colours).repeat(cube_pixels), persistent=False)
 
@@ -245,7 +245,7 @@ class VideoMAE(nn.Module):
     loss           a name of LOSSES; other targets and decoders are subclasses, see lib/variants.py
     """
 
-    frame_factor = 1  # a variant that predicts more frames than T gets frame_factor * T of them
+    frame_factor = 1  # frames loaded per frame that the encoder sees; see lib/variants.py
 
     def __init__(
         self, size="base", video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
@@ -263,7 +263,7 @@ class VideoMAE(nn.Module):
         self.encoder_to_decoder = nn.Linear(s["dim"], d, bias=False)
         # All masked cubes get the same learned vector. Only position embeddings tell them apart.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
-        # Its initial values are cut at one standard deviation (official code).
+        # Values beyond one standard deviation are drawn again (official code).
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.register_buffer("decoder_pos_embed", position_table(self.encoder.grid, d, positions))
         self.decoder = Decoder(d, depth, s["decoder_heads"], self.target_values())
@@ -282,7 +282,7 @@ class VideoMAE(nn.Module):
         """Latents (B, V, D) of the visible tokens -> predictions (B, M, P) for the masked ones."""
         seen = self.encoder_to_decoder(latent) + self.decoder_pos_embed[visible]  # (B, V, d)
         unseen = self.mask_token + self.decoder_pos_embed[masked]  # (B, M, d)
-        # Order does not matter to attention, because each token carries its position. So the masked
+        # Attention ignores the order of tokens, and each token carries its position. So the masked
         # tokens simply come last. Only they are predicted.
         return self.decoder(torch.cat([seen, unseen], dim=1), num_last=masked.shape[1])
 
@@ -314,12 +314,12 @@ class Classifier(nn.Module):
         )  # fmt: skip
         s = SIZES[size]
         widths = (s["dim"], s["depth"], s["heads"])
-        # As in the official code, fc_norm takes the place of the encoder's last LayerNorm.
+        # Official code: fc_norm, after the mean over tokens, replaces the encoder's last LayerNorm.
         self.encoder = Encoder(*widths, video_size, cube, positions, drop_path, final_norm=False)
         self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)
-        # Official code: Xavier before pre-training, this before fine-tuning.
+        # As the official code: Xavier for pre-training, a truncated normal for fine-tuning.
         for part in (self.encoder.blocks, self.head):
             part.apply(partial(init_linear, init_weight=partial(nn.init.trunc_normal_, std=0.02)))
         self.head.weight.data.mul_(init_scale)  # so that training starts with small logits

@@ -62,10 +62,10 @@ class Config(RunConfig):
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
 
 
-# Epochs, batch, learning rate, stride, ratio: Table 9, section 4.2, Appendix B. What a preset does
-# not say is the default above: warm-up, min_lr and betas are from ucf101's official script. k400
+# Epochs, batch, learning rate, stride, ratio: Table 9, section 4.2, Appendix B. A number that a
+# preset leaves out is the default above. Warm-up, min_lr, betas: ucf101's official script. k400
 # flips as in the paper, not as in the official code. Toy, own and the short ones are ours.
-SHORT = dict(size="small", ratio=0.9, repeats=2, batch=192, base_lr=3e-4)  # 90 %: faster steps
+SHORT = dict(size="small", ratio=0.9, repeats=2, batch=192, base_lr=3e-4)  # 90 % costs less
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=48, workers=0, size="toy", cube=(2, 8, 8),
                 positions="3d", normalize=False, ratio=0.75, epochs=30, batch=8, base_lr=2.4e-2,
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
 
     # Data: clips stay uint8 until they are on the device.
     split = prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, cfg.missing)
-    factor = Model.frame_factor  # 1; a variant may load more frames of the same span of time
+    factor = Model.frame_factor  # 1; a variant may load more frames, at a smaller stride
     sample = partial(sample_clip, frames=factor * cfg.frames, stride=cfg.stride // factor)
     videos = Videos(split, sample, pretrain_transform(cfg.resolution, cfg.flip), cfg.repeats)
     cfg = fit_to_set(preset, cfg, len(videos))  # own: batch, epochs and warm-up
@@ -109,14 +109,14 @@ def main(argv: list[str]) -> None:
     # The learning rate grows with the batch (section 4.2).
     peak_lr, final_lr = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
 
-    # The loop. Run (lib/run.py) resumes, spreads the batch over passes and processes, logs, saves.
+    # The loop. Run (lib/run.py) resumes, spreads batches over passes and processes, logs, saves.
     run = Run("pretrain", cfg.name or f"pretrain-{preset}", cfg, model, optimizer, videos, device)
     batches = make_loader(videos, run.order, cfg.workers, pin=device.type == "cuda")
     for step in run.steps():
         # Gradient accumulation. The clips of a pass are (micro * repeats, T, C, H, W) uint8.
         for clips, _ in run.passes(batches):
-            # One seed per pass. So a pass gets the same masks after --resume, and on any number of
-            # GPUs with the same --micro. All of torch gets it, as variants may draw numbers, too.
+            # Each pass has a seed of its own. So it gets the same masks after --resume, and on any
+            # number of GPUs with the same --micro. Variants may draw from the generator, too.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():

@@ -21,8 +21,8 @@ def toy_video(motion: str, rng: np.random.Generator) -> np.ndarray:
 
     The class is how the waves move: one way or the other along one of eight axes (SlideD, D degrees
     from rows), as a turning star of 2, 3 or 4 arms, or in and out as rings. Colours, wavelength,
-    speed, sense, phase, centre and edge are random. Each cube of a clip shows these few numbers in
-    part and through the noise: pre-training finds them in videos alone, few labels hardly do.
+    speed, sense, phase, centre and edge are random. Each cube shows only a part of these few
+    numbers, under noise. Many videos without labels are enough to find them. Few labels are not.
     """
     size = 54
     frames, speed = int(rng.integers(36, 49)), 1.25 * rng.uniform(0.75, 1.33)
@@ -142,7 +142,7 @@ def make_toy_films(out: str | Path, train: int = 120, test: int = 90) -> None:
     """Write films and their annotations to folder `out` in AVA's format, unless they are there.
 
     out/toy0001.mp4 ..., and the files that lib/ava.py names. Boxes of the detector are the true
-    ones, moved a little, and some of nothing: a third as many, of low and of high scores. A second
+    ones, moved a little, and one of nothing per second, of a low or a high score. A second
     of one test film is excluded. The folder appears when it is complete. ValueError if `out` exists
     and is something else.
     """
