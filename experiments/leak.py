@@ -10,6 +10,7 @@ third that changes most ("moving").
 import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> None:
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
     if not cfg.checkpoint or not cfg.out:
         raise ValueError("name --checkpoint and --out")
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     model, about = load_model(cfg.checkpoint)
     frames, size, _ = model.encoder.video_size
     sums, counts = Counter(), Counter()

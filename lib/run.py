@@ -97,10 +97,10 @@ class Run:
         self.start = self.step = self._resume()
         how = (cfg.batch, self.micro, self.start, self.total, cfg.seed)
         self.order = engine.Order(len(videos), *how)
-        if cfg.compile:
-            model = torch.compile(model)
-        else:
-            speed.save_memory(model, cfg.memory)
+        if cfg.compile and cfg.memory != "fast":
+            raise ValueError("--compile chooses by itself what is kept: leave out --memory")
+        speed.save_memory(model, cfg.memory)
+        model = torch.compile(model) if cfg.compile else model
         self.net = DistributedDataParallel(model) if dist.is_initialized() else model
         self.log = Log(self.folder, self.start, self.total, self.config)
         self.begin = self.saved = time.time()

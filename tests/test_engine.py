@@ -266,6 +266,8 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
         begin(resume=True)
     with pytest.raises(ValueError, match="--warmup 2 must be less than --epochs 2"):
         begin(warmup=2)
+    with pytest.raises(ValueError, match="--compile chooses .* leave out --memory"):
+        begin(resume=True, compile=True, memory="less")
     finish(begin(resume=True))  # nothing is left to do, and nothing is done
     assert capsys.readouterr().out == "runs/x is finished: all 6 steps are done\n"
     assert [line["step"] for line in lines()[1:]] == [2, 4, 6]

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import finetune
-from data import Split
-from experiments import leak, report, run
+import pretrain
+import visualize
+from data import Split, read_split
+from experiments import leak, motion, report, run, scene
 from experiments.report import claims_of, read_score, verdict
 from experiments.run import Job, Series, groups_of, jobs_of, measure
 from experiments.table import DOWN, EXPERIMENTS, LAB, PRETRAIN
@@ -443,3 +445,40 @@ def test_still_and_moving_places():
         share = part[0, 0, 0].reshape(3, 8, 3, 8).float().mean(dim=(1, 3))
         assert set(share.flatten().tolist()) == {0, 1}
     assert parts["moving"][..., :8, :8].all() and parts["moving"][..., 8:16, 16:].all()
+
+
+# ---------------------------------------------------------------------------------- on their own
+
+
+def test_the_orders_of_frames():
+    found = motion.orders(8, torch.Generator().manual_seed(0))
+    assert sorted(found["shuffled"].tolist()) == found["as it is"].tolist() == [*range(8)]
+    assert found["shuffled"].tolist() not in ([*range(8)], [*range(7, -1, -1)])
+    assert found["reversed"].tolist() == [*range(7, -1, -1)] and {*found["one frame"].tolist()} == {
+        4
+    }
+
+
+def test_motion_scene_and_leak_through_their_mains(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("main", "plot_log", "plot_classes", "plot_confusion"):
+        monkeypatch.setattr(visualize, name, lambda *paths: None)
+    few = ["toy", "--data", str(toy), *"--epochs 1 --batch 12 --precision fp32 --warmup".split()]
+    pretrain.main([*few, "0"])
+    finetune.main([*few, "0", "--shots", "1", "--clips", "2"])
+    split = read_split(toy, train=False)
+    videos = zip(split.paths, split.labels, strict=True)
+    Path("list").write_text("".join(f"{path} {label}\n" for path, label in videos))
+    where, model = ["--data", str(toy), "--splits", "list"], "runs/{}-toy/checkpoint.pt"
+    capsys.readouterr()
+
+    motion.main([*where, "--checkpoint", model.format("finetune"), "--clips", "2"])
+    words = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split(":")[0] for line in words] == [*motion.orders(2, torch.Generator())]
+    top1 = json.loads(Path("runs/finetune-toy/results.json").read_text())["top1"]
+    assert f"as it is: top-1 {top1:.1f} % of 12 test videos" in words[0]
+    scene.main([*where[:2], "--train", "list", "--test", "list"])  # each is its own neighbour
+    assert "top-1 100.0 % of 12 test videos" in capsys.readouterr().out
+    leak.main([*where, "--checkpoint", model.format("pretrain"), "--mask", "frame", "--out", "a/b"])
+    psnr = json.loads(Path("a/b").read_text())["psnr"]
+    assert psnr["nearest still"] > psnr["nearest moving"] and len(psnr) == 4

@@ -488,6 +488,22 @@ def test_accumulation_changes_nothing_without_what_is_drawn_per_pass(here):
     assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_every_option_changes_what_is_learned(here, monkeypatch):
+    monkeypatch.setattr(finetune, "score_test", lambda *args: None)
+
+    def weights(flags):
+        name = flags.replace(" ", "").strip("-") or "plain"
+        few = [*SMALL, "--init", "none", "--resolution", "16", *flags.split(), "--name", name]
+        finetune.main(["toy", "--data", here, *few])
+        return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)["model"]["head.weight"]
+
+    plain, strong = weights(""), weights("--operations 4")
+    seen = [plain, strong, weights("--operations 4 --magnitude 1"), weights("--flip")]
+    seen += [weights("--smoothing 0.5"), weights("--erase 1"), weights("--weight-decay 50")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert torch.equal(plain, weights("--erase 0"))  # its default
+
+
 def test_one_video_at_a_time_cannot_be_mixed(here):
     flags = "--micro 1 --mixup 0.8 --repeats 2 --init none --resolution 16 --name one".split()
     with pytest.raises(ValueError, match="^one video at a time cannot be mixed: .*$"):

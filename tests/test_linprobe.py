@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,6 +200,22 @@ def test_unreadable_training_videos_are_left_out(here, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("".join([*lines[:14], f"{tmp_path}/broken1.avi 11\n"]))
     with pytest.raises(ValueError, match="over a tenth of the videos cannot be read"):
         linprobe.main([*flags, "--name", "left"])
+
+
+def test_views_are_those_of_the_flags(toy):
+    split, cfg = read_split(toy), linprobe.Config(**finetune.TOY_CLIPS, sampling="dense", repeats=1)
+
+    def views(**flags):
+        views = linprobe.RandomViews(split, replace(cfg, **flags))
+        return [views[i] for i in range(8)]
+
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(views(flip=True), views(), strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(views(flip=True), views(), strict=True)]
+    assert any(mirrored) and any(same) and all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert not torch.equal(views()[0], views(sampling="uniform")[0])
+    test = [linprobe.WindowViews(split.paths, replace(cfg, **how))[0]
+            for how in ({}, dict(augment="official"), dict(sampling="uniform"))]  # fmt: skip
+    assert not torch.equal(test[0], test[1]) and not torch.equal(test[0], test[2])
 
 
 def test_features_of_any_videos(here, tmp_path, capsys):

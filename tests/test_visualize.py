@@ -123,14 +123,17 @@ def test_psnr_by_hand():
 ORACLE = ["oracle statistics:\n" + name for name in ("model", "nothing", "untrained")]
 
 
-@pytest.mark.parametrize("stats, columns", [("visible", ["model"]), ("oracle", ["model", *ORACLE])])
-def test_figure(tmp_path, drawn, capsys, stats, columns):
+@pytest.mark.parametrize(
+    "stats, columns, mask_name, seed",
+    [("visible", ["model"], "tube", 0), ("oracle", ["model", *ORACLE], "random", 3)],
+)
+def test_figure(tmp_path, drawn, capsys, stats, columns, mask_name, seed):
     """Columns stand apart, and what is printed and written is the mean over all clips."""
     model, clip, _ = tiny()
     model = build(type(model), model.config | {"eps": 1e-6}).eval()  # as of Hugging Face
     clips = [clip, clip.flip(3), clip]
     gif = str(tmp_path / "a.gif") if stats == "visible" else None
-    cfg = Config(stats=stats, ratios=(0.5, 0.75), gif=gif)
+    cfg = Config(stats=stats, ratios=(0.5, 0.75), gif=gif, mask=mask_name, seed=seed)
     visualize.draw_reconstructions(model, clips, 1, cfg, tmp_path / "a.png")
     titles = [axis.title for axis in drawn[0].axes]
     boxes = [title.get_window_extent() for title in titles]
@@ -149,8 +152,8 @@ def test_figure(tmp_path, drawn, capsys, stats, columns):
     assert found.keys() == (honest if stats == "visible" else honest | oracle)
     means = dict.fromkeys(honest, 0)
     for number, one in enumerate(clips):
-        seed = engine.derive_seed("figure", 0, number)
-        mask = tube_mask(one, GRID, 0.75, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(engine.derive_seed("figure", seed, number))
+        mask = MASKS[mask_name](one, GRID, 0.75, generator)
         original, hidden, made = reconstruct(model, one, mask)
         means = {key: means[key] + psnr(made[key], original, hidden) / 3 for key in means}
     assert means == pytest.approx({key: found[key] for key in means})
