@@ -112,7 +112,8 @@ class MultiScaleCrop(v2.Transform):
 
     Width and height are each 1, .875, .75 or .66 of the short side, at most one step apart. The box
     sits at one of 13 places (corners, edges, centre, quarter points). Sides within 2 pixels of
-    `size` become `size`. Bilinear with antialiasing, as in the official code.
+    `size` become `size`, if the frame has as many (there, crops get black edges otherwise).
+    Bilinear with antialiasing, as in the official code.
     """
 
     SCALES = (1, 0.875, 0.75, 0.66)
@@ -129,7 +130,8 @@ class MultiScaleCrop(v2.Transform):
     def make_params(self, flat_inputs) -> dict:
         height, width = VF.get_size(flat_inputs[0])
         edges = [int(min(height, width) * scale) for scale in self.SCALES]
-        edges = [self.size if abs(edge - self.size) < 3 else edge for edge in edges]
+        if self.size <= min(height, width):
+            edges = [self.size if abs(edge - self.size) < 3 else edge for edge in edges]
         steps = range(len(edges))
         pairs = [(edges[j], edges[i]) for i in steps for j in steps if abs(i - j) <= 1]
         w, h = pairs[int(torch.randint(len(pairs), ()))]

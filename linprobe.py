@@ -177,6 +177,10 @@ def main(argv: list[str]) -> None:
     if len(train.paths) < 10:
         few = f"{len(train.paths)} labelled videos are too few"
         raise ValueError(f"{few} to choose a learning rate: 10 or more")
+    if cfg.warmup >= cfg.epochs:
+        raise ValueError(f"--warmup {cfg.warmup:g} must be less than --epochs {cfg.epochs}")
+    if cfg.epochs * (len(train.paths) // min(cfg.batch, len(train.paths))) < 100:
+        print("note: in under 100 steps, the head's BatchNorm does not settle: more --epochs")
     found, errors = each_video(encoder, WindowViews(test.paths, cfg), *how)
     evaluate.none_wrong(errors, "then the same command")
     unseen = torch.stack([*found.values()]).to(device)

@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
 
     run.close()
     if engine.rank() == 0:
-        visualize.main(["--checkpoint", str(run.folder / "checkpoint.pt")])
+        visualize.draw_trained(run.folder)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def draw_reconstructions(model, clips: list[Tensor], drawn: int, cfg: Config, ou
     columns, means = [], {f"{100 * ratio:.4g}%": Counter() for ratio in cfg.ratios}
     for number, clip in enumerate(clips):
         seed = engine.derive_seed("figure", cfg.seed, number)
-        for ratio, percent in zip(cfg.ratios, means, strict=True):
+        for ratio, percent in zip(dict.fromkeys(cfg.ratios), means, strict=True):
             generator = torch.Generator().manual_seed(seed)
             mask = MASKS[cfg.mask](clip, model.encoder.grid, ratio, generator)
             original, hidden, made = reconstruct(model, clip, mask)
@@ -374,6 +374,14 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     if not clips:
         raise ValueError("no test video can be read: name some with --videos")
     return clips
+
+
+def draw_trained(folder: Path) -> None:
+    """Draw reconstructions of a training that has ended, or say why there are none."""
+    try:
+        main(["--checkpoint", str(folder / "checkpoint.pt")])
+    except ValueError as error:
+        print(f"no figure: {error}")
 
 
 def main(argv: list[str], overwrite: bool = True) -> None:

@@ -109,6 +109,8 @@ def read_list(data: Path, file: Path) -> tuple[list, list[int], list[str]]:
                     raise ValueError(f"has {len(cells)} columns, the header has {len(columns)}")
                 row = dict(zip(columns, map(str.strip, cells), strict=True))
                 name, label = _cells(row)
+                if isinstance(name, str) and not os.path.isfile(data / name):
+                    name = name.replace("\\", "/")  # written on Windows
                 parts |= {row[column] for column in _named(columns, "part")}
             else:
                 name, label = _line(data, line)
@@ -227,7 +229,7 @@ def read_json(file: Path) -> tuple[list[tuple[str]], list[int], list[str]]:
     if not dicts or not all(isinstance(entry.get("id"), str | int) for entry in entries):
         only = "is not Something-Something V2's list of {id, template}, the only JSON that is read"
         raise ValueError(f"{file} {only}: {WANT} in a text file")
-    names = [re.sub(r"[\[\]]", "", str(entry.get("template", ""))) for entry in entries]
+    names = [re.sub(r"[\[\]]", "", str(entry.get("template") or "")) for entry in entries]
     beside = (file.parent / name for name in ("something-something-v2-labels.json", "labels.json"))
     numbers = next((path for path in beside if path.is_file()), None)
     classes = read_names(numbers) if numbers else sorted(set(names) - {""})
@@ -245,7 +247,9 @@ def read_names(file: str | Path) -> list[str]:
     """
     file = Path(file).expanduser()
     if file.suffix.lower() == ".json":
-        pairs = [(number, name) for name, number in dict(_load(file)).items()]
+        found = _load(file)
+        found = found if isinstance(found, dict) else {name: i for i, name in enumerate(found)}
+        pairs = [(number, str(name)) for name, number in found.items()]
     else:
         lines = list_lines(file).values()
         found = [re.fullmatch(rf'([0-9]+){BETWEEN}"?(.*?)"?', line) for line in lines]

@@ -65,7 +65,8 @@ def read_split(
         line = f"{len(absent)} of {len(found.paths)} listed videos are missing"
         line += f", the first is {brief(absent[0])}"
         if missing == "error" or len(absent) == len(found.paths):
-            how = ": `data.py check` lists them all, --missing skip leaves them out"
+            how = ": `data.py check` lists them all"
+            how += ", --missing skip leaves them out" * (missing == "error")
             raise ValueError(line + why_missing(absent[0], Path(data).expanduser(), how))
         out = set(absent)
         kept = [i for i, path in enumerate(found.paths) if path not in out]

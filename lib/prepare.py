@@ -17,9 +17,9 @@ from pathlib import Path
 import av
 
 from data import TOY, TOY_FILMS, fitting_stride
-from lib import engine
-from lib.annotations import brief, list_lines
-from lib.lists import LISTS, Split, check_kind, listed, read_split, video_files, why_missing
+from lib import engine, lists
+from lib.annotations import brief, read_list
+from lib.lists import LISTS, Split, check_kind, listed, read_split, video_files
 from lib.processes import in_processes
 from lib.toy import make_toy, make_toy_films
 from lib.video import LONG, Probe, played, shown, upright
@@ -54,7 +54,7 @@ def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Spli
         first = next(iter(missing))
         unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
         error = f"{len(missing)} of {len(paths)} listed videos are missing, the first is "
-        error += brief(first) + why_missing(first, data, unpack)
+        error += brief(first) + lists.why_missing(first, data, unpack)
         if len(missing) < len(paths):
             error += _write_lists(Path("runs", f"check-{dataset}"), data, missing, train, test)
         raise ValueError(error)
@@ -161,10 +161,11 @@ def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
     """
     source, target, short_side = job
     found, again = Probe(), Probe()
+    target.unlink(missing_ok=True)  # it is of another source
     frames = played(source, found)
     first = next(frames)
     share = min(1, (short_side or math.inf) / min(first.width, first.height))
-    size = [max(int(side * share) // 2 * 2, 2) for side in (first.width, first.height)]
+    size = [max(int(side * share + 1e-6) // 2 * 2, 2) for side in (first.width, first.height)]
     reformatter = av.video.reformatter.VideoReformatter()
     how = dict(format="rgb24", interpolation="BICUBIC", threads=1)
     picture = lambda frame: upright(reformatter.reformat(frame, *size, **how).to_ndarray(), frame)
@@ -224,8 +225,12 @@ def prepare(
     if train.kind in ("", *LISTS):
         paths = video_files(data)[0]  # those of all folds
     names = [os.path.relpath(path, data) for path in paths]
-    lines = list_lines(Path(splits)).values() if train.kind.endswith("list") else ()
-    for name in [*names, *lines]:
+    lines = train.kind.endswith("list") and Path(splits).suffix.lower() not in (
+        ".json",
+        *lists.READERS,
+    )
+    listed_names = read_list(data, Path(splits))[0] if lines else []
+    for name in [*names, *(name for name in listed_names if isinstance(name, str))]:
         if name.startswith("..") or os.path.isabs(name):
             raise ValueError(f"{brief(name)} is listed: list paths relative to --data, within it")
     size = out / ".short-side"
@@ -235,6 +240,10 @@ def prepare(
             raise ValueError(f"--out {out} holds {other}: name an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)
     size.write_text(str(short_side))
+    # Of a folder, all is known. A video that was moved would be there twice, in two classes.
+    gone = {*video_files(out)[0]} - {out / name for name in names}
+    if gone and train.kind in ("", *LISTS):
+        raise ValueError(f"{len(gone)} videos in {out} have no source, as {min(gone)}: remove them")
     jobs = [(path, out / name, short_side) for path, name in zip(paths, names, strict=True)]
     # A rewritten file has the time of its source. Who replaces the source changes that.
     time = lambda path: path.stat().st_mtime_ns if path.is_file() else None

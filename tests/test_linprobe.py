@@ -52,6 +52,7 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
     first, out = result("linprobe-toy"), capsys.readouterr().out
     assert "56 of 56 tensors matched" in out and "decoder left out" in out
     assert "clips of 8 frames, stride 1, 32x32 pixels, cubes 2x8x8, size toy" in out
+    assert "note: in under 100 steps" in out
     assert set(first["sweep"]) == {"0.1", "1.0"} and out.count("% of the held-out") == 2
     (saved,) = torch.load("runs/linprobe-toy/features.pt", weights_only=True).values()
     assert len(saved) == 24 and all(feature.shape == (2, 128) for feature in saved.values())
@@ -247,6 +248,7 @@ def test_features_of_any_videos(here, tmp_path, capsys):
         ("--features out.npz", "go together"),
         ("--init nowhere.pt --shots 0", "nowhere.pt"),
         ("--splits few.txt --test-splits test.txt --shots 0", "2 labelled videos are too few"),
+        ("--epochs 3 --warmup 3 --shots 1", "--warmup 3 must be less than --epochs 3"),
     ],
 )
 def test_mistakes_are_told_in_one_line(here, flags, message):

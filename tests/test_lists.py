@@ -142,6 +142,7 @@ def test_folders_of_frames_get_the_command_that_makes_videos(tmp_path, read, ima
         ("path\tclass\nv0.mp4\trun\nv1.mp4\tat, rest\n", "v0.mp4 v1.mp4", [1, 0], "at, rest|run"),
         (",label,file name\n0,1,v0.mp4\n1,0,clip.dat\n", "v0.mp4 clip.dat", [1, 0], "0 1"),
         ("clip_name,clip_path,label\nx,v0.mp4,Run\n", "v0.mp4", [0], "Run"),
+        ("path,label\r\nsub\\d.avi,0\r\n", "sub/d.avi", [0], "0"),
         ("path\nv0.mp4\nsub/d.avi\n", "v0.mp4 sub/d.avi", [-1, -1], ""),
         ("path label\nv0.mp4 1\na b, c.mp4 0\n", "v0.mp4|a b, c.mp4", [1, 0], "0 1"),
         ('"a b, c.mp4",0\n"v0.mp4",1\n', "a b, c.mp4|v0.mp4", [0, 1], "0 1"),
@@ -236,6 +237,8 @@ def test_classes_get_their_names_from_a_file(read, tmp_path, capsys):
         # A list of names gets the numbers of the file.
         assert read("v0.mp4 walk\nv1.mp4 run fast\n", classes_file=file)[1] == [0, 1]
         assert read("v0.mp4 run fast\n", classes_file=file)[1] == [1]
+    (tmp_path / "list.json").write_text('["walk", "run"]')
+    assert read_names(tmp_path / "list.json") == ["walk", "run"]
     (tmp_path / "labels.json").write_text('{"run": "1", "walk": "0"}')
     assert read(text, classes_file=tmp_path / "labels.json")[2] == ["walk", "run"]
     assert capsys.readouterr().out == ""
@@ -288,7 +291,7 @@ TEMPLATES = [
 
 
 def ssv2(folder, file, ids, labelled=True):
-    entries = [{"id": str(i)} for i in ids]
+    entries = [{"id": str(i), "template": None} for i in ids]
     for entry in entries if labelled else ():
         template = TEMPLATES[int(entry["id"]) % 3]
         entry |= dict(

@@ -411,6 +411,13 @@ def test_a_second_run_does_what_is_missing(source, tmp_path, capsys):
     os.utime(source / "walk" / "d.mkv")  # as if it had been replaced
     assert prepared(source, out) == 0
     assert "2 of them are prepared already" in capsys.readouterr().out
+    (source / "walk" / "d.mkv").rename(source / "run" / "9.mkv")  # another class
+    with pytest.raises(ValueError, match="1 videos in .* have no source, as .*walk/d.mkv"):
+        prepared(source, out)
+    (source / "run" / "9.mkv").rename(source / "walk" / "d.mkv")
+    whole = (source / "run" / "b c.avi").read_bytes()
+    (source / "run" / "b c.avi").write_bytes(whole[: len(whole) // 2])  # it broke: no old copy
+    assert prepared(source, out) == 1 and not (out / "run" / "b c.avi").exists()
     (tmp_path / "list.txt").write_text("walk/d.mkv 0\n")
     small = tmp_path / "small"
     assert prepared(source, small, splits=tmp_path / "list.txt", short_side=32) == 0
@@ -435,6 +442,10 @@ def test_places_that_are_refused(source, tmp_path):
     for out in (source, source / "new", tmp_path):
         with pytest.raises(ValueError, match="neither must lie in the other"):
             prepared(source, out)
+    for text in (f"label,path\n0,{source}/walk/d.mkv\n", f'"{source}/walk/d.mkv",0\n'):
+        (tmp_path / "abs.csv").write_text(text)
+        with pytest.raises(ValueError, match="d.mkv is listed: list paths relative to --data"):
+            prepared(source, tmp_path / "out", splits=tmp_path / "abs.csv")
     with pytest.raises(ValueError, match="--short-side 0 must be at least 2"):
         prepared(source, tmp_path / "out", short_side=0)
     (tmp_path / "full").mkdir()

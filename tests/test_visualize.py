@@ -144,6 +144,9 @@ def test_figure(tmp_path, drawn, capsys, stats, columns, mask_name, seed):
     masked = drawn[0].axes[2 + len(columns)].images[0].get_array()  # at 75 %, with white margins
     assert (masked == 0.5).all(axis=2).mean() == pytest.approx(0.75 * (32 / 34) ** 2, abs=0.01)
 
+    if stats == "visible":  # a ratio that is asked for twice is drawn once
+        twice = Config(ratios=(0.5, 0.5), mask=mask_name, seed=seed)
+        visualize.draw_reconstructions(model, clips[:1], 1, twice, tmp_path / "b.png")
     written = json.loads((tmp_path / "a-psnr.json").read_text())
     found = written["psnr"]["75%"]
     assert written["clips"] == 3 and list(written["psnr"]) == ["50%", "75%"]
@@ -228,6 +231,11 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     del paths[1:]
     with pytest.raises(ValueError, match="no test video can be read: name some with --videos"):
         visualize.read_clips(Config(), model, about)
+
+
+def test_a_training_ends_well_without_a_figure(tmp_path, capsys):
+    visualize.draw_trained(tmp_path)
+    assert capsys.readouterr().out.startswith("no figure: no weights at ")
 
 
 def test_weights_of_other_projects_need_videos(tmp_path):
