@@ -225,10 +225,8 @@ def prepare(
     if train.kind in ("", *LISTS):
         paths = video_files(data)[0]  # those of all folds
     names = [os.path.relpath(path, data) for path in paths]
-    lines = train.kind.endswith("list") and Path(splits).suffix.lower() not in (
-        ".json",
-        *lists.READERS,
-    )
+    others = {".json", *lists.READERS}
+    lines = train.kind.endswith("list") and Path(splits).suffix.lower() not in others
     listed_names = read_list(data, Path(splits))[0] if lines else []
     for name in [*names, *(name for name in listed_names if isinstance(name, str))]:
         if name.startswith("..") or os.path.isabs(name):
