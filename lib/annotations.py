@@ -108,9 +108,7 @@ def read_list(data: Path, file: Path) -> tuple[list, list[int], list[str]]:
                 if len(cells) != len(columns):
                     raise ValueError(f"has {len(cells)} columns, the header has {len(columns)}")
                 row = dict(zip(columns, map(str.strip, cells), strict=True))
-                name, label = _cells(row)
-                if isinstance(name, str) and not os.path.isfile(data / name):
-                    name = name.replace("\\", "/")  # written on Windows
+                name, label = _cells(data, row)
                 parts |= {row[column] for column in _named(columns, "part")}
             else:
                 name, label = _line(data, line)
@@ -142,7 +140,7 @@ def _header(line: str) -> tuple[str, list[str]]:
     return (mark, words) if _named(words, "path") and (others or len(words) == 1) else ("", [])
 
 
-def _cells(row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
+def _cells(data: Path, row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
     """(path or the names of an id, label) of a row of a table."""
     label = next((row[name] for name in _named(row, "label")), "")
     if re.fullmatch(rf"\[.*\]|{NUMBER}(?:[ ,;|]+{NUMBER})+", label):
@@ -153,13 +151,18 @@ def _cells(row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
         return ("_".join([row["youtube_id"], *seconds]), row["youtube_id"]), label
     if times:
         raise ValueError(SEGMENT)
-    return row[max(_named(row, "path"), key=lambda name: "path" in name)], label
+    return _slashes(data, row[max(_named(row, "path"), key=lambda name: "path" in name)]), label
+
+
+def _slashes(data: Path, text: str) -> str:
+    """A path with the slashes of Windows turned, unless there is a file of just this name."""
+    turn = "\\" in text and not os.path.isfile(data / text)
+    return text.replace("\\", "/") if turn else text
 
 
 def _line(data: Path, line: str) -> tuple[str, str]:
     """(path, label or "") of a line that is no row of a table."""
-    if "\\" in line and not os.path.isfile(data / line):
-        line = line.replace("\\", "/")  # written on Windows
+    line = _slashes(data, line)
     if found := VIDEO_LINE.fullmatch(line):
         label = _label(found[3] or "", "," in (found[2] or ""))
         return (line, "") if label is None else (found[1], label)
@@ -243,13 +246,13 @@ def read_json(file: Path) -> tuple[list[tuple[str]], list[int], list[str]]:
 def read_names(file: str | Path) -> list[str]:
     """Names of classes in the order of their numbers, from a file that holds them all.
 
-    Lines of a name, or of `number name`; or Something-Something's JSON {name: number}.
+    Lines of a name, or of `number name`; or JSON, a list or Something-Something's {name: number}.
     """
     file = Path(file).expanduser()
     if file.suffix.lower() == ".json":
         found = _load(file)
-        found = found if isinstance(found, dict) else {name: i for i, name in enumerate(found)}
-        pairs = [(number, str(name)) for name, number in found.items()]
+        names = found.items() if isinstance(found, dict) else ((x, i) for i, x in enumerate(found))
+        pairs = [(number, str(name)) for name, number in names]
     else:
         lines = list_lines(file).values()
         found = [re.fullmatch(rf'([0-9]+){BETWEEN}"?(.*?)"?', line) for line in lines]

@@ -74,9 +74,9 @@ def cut(path: Path, every: float | None) -> list[Window]:
         with suppress(ValueError):  # scoring it says why
             next(played(path, about))
             read_frames(path, lambda total: totals.append(total) or [0])
-    if totals and not about.rate:
-        Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
     if not totals or not about.rate:
+        if totals:
+            Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
         return [Window(path)]
     # The last one: where only decoding tells the number of frames, a guess comes before.
     total, step = totals[-1], max(every * about.rate, 1)

@@ -221,9 +221,8 @@ def prepare(
     train, _ = _read(dataset, data, splits, fold=1)
     if train.kind in LISTS:
         splits = splits or data / LISTS[train.kind]
-    paths = train.paths
-    if train.kind in ("", *LISTS):
-        paths = video_files(data)[0]  # those of all folds
+    whole = train.kind in ("", *LISTS)
+    paths = video_files(data)[0] if whole else train.paths  # of a whole set those of all folds
     names = [os.path.relpath(path, data) for path in paths]
     others = {".json", *lists.READERS}
     lines = train.kind.endswith("list") and Path(splits).suffix.lower() not in others
@@ -239,8 +238,8 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     size.write_text(str(short_side))
     # Of a folder, all is known. A video that was moved would be there twice, in two classes.
-    gone = {*video_files(out)[0]} - {out / name for name in names}
-    if gone and train.kind in ("", *LISTS):
+    gone = {*video_files(out)[0]} - {out / name for name in names} if whole else ()
+    if gone:
         raise ValueError(f"{len(gone)} videos in {out} have no source, as {min(gone)}: remove them")
     jobs = [(path, out / name, short_side) for path, name in zip(paths, names, strict=True)]
     # A rewritten file has the time of its source. Who replaces the source changes that.

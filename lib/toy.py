@@ -142,9 +142,8 @@ def make_toy_films(out: str | Path, train: int = 120, test: int = 90) -> None:
     """Write films and their annotations to folder `out` in AVA's format, unless they are there.
 
     out/toy0001.mp4 ..., and the files that lib/ava.py names. Boxes of the detector are the true
-    ones, moved a little, and one of nothing per second, of a low or a high score. A second
-    of one test film is excluded. The folder appears when it is complete. ValueError if `out` exists
-    and is something else.
+    ones, moved a little, and one of nothing per second, of a low or a high score. A second of one
+    test film is excluded. The folder appears when it is complete. ValueError if `out` is another.
     """
     out = Path(out)
     if (out / ava.BOXES).is_file():

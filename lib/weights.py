@@ -367,8 +367,7 @@ def init_model(model: VideoMAE, path: str | Path) -> str:
     """Load weights to go on pre-training from; returns a report of one line.
 
     The decoder stays new where the weights have none or another one. ValueError unless the encoder
-    fits, with its cubes and kind of positions. LayerNorm eps stays as it is: training makes up for
-    other ones, such as Hugging Face's.
+    fits, with its cubes and kind of positions. LayerNorm eps stays: training makes up for another.
     """
     state, about = read_weights(path)
     for key in {"cube", "positions"} & about.keys():
