@@ -67,7 +67,7 @@ def train(forks):
         for job in jobs:
             job.start()
         for job in jobs:
-            job.join(100)
+            job.join(300)
         said = [open(f"{stage}-{rank}.txt").read() for rank in range(size)]
         assert [job.exitcode for job in jobs] == [0] * size, said
 

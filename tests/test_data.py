@@ -519,5 +519,5 @@ def test_workers_end_with_the_loader_and_with_the_program(end):
     paths = [os.path.dirname(data.__file__), os.path.dirname(__file__)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'keeps b alive'"
