@@ -110,22 +110,17 @@ def view_transforms(size: int, smallest: float, flip: bool) -> list[v2.Transform
 # ------------------------------------------------------------------------------------------- model
 
 
-class BatchNorm(nn.Module):
-    """BatchNorm over the clips of all processes, always by the statistics of the batch.
-
-    As nn.SyncBatchNorm, which needs GPUs. There are no running averages: nothing is evaluated here.
-    """
+class BatchNorm(nn.BatchNorm1d):
+    """As nn.SyncBatchNorm, which needs GPUs. Without running averages: nothing is evaluated."""
 
     def __init__(self, dim: int, affine: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+        super().__init__(dim, affine=affine, track_running_stats=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, D) of this process -> (b, D) float32."""
         x = x.float()
         x = x - MeanOver.apply(x.mean(dim=0))
-        x = x * (MeanOver.apply(x.square().mean(dim=0)) + 1e-5).rsqrt()
+        x = x * (MeanOver.apply(x.square().mean(dim=0)) + self.eps).rsqrt()
         return x if self.weight is None else x * self.weight + self.bias
 
 

@@ -16,7 +16,6 @@ A clip is (T, C, H, W) uint8, torchvision's order of a tv_tensors.Video.
 import atexit
 import gc
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -366,6 +365,6 @@ def _begin_worker(worker: int) -> None:
 
 
 if __name__ == "__main__":
-    from lib.prepare import main
+    from lib import engine, prepare
 
-    main(sys.argv[1:])
+    engine.cli(prepare.main)

@@ -35,11 +35,11 @@ from torchvision.transforms.v2 import functional as VF
 
 import visualize
 from data import TOY_FILMS, Videos, make_loader
-from finetune import ModelConfig, make_classifier, make_optimizer
+from finetune import ModelConfig, TuneConfig, make_classifier, make_optimizer
 from lib import ava, engine, evaluate, speed
 from lib.engine import opt
 from lib.evaluate import each_video
-from lib.run import Run, RunConfig, fit_to_set
+from lib.run import Run, fit_to_set
 from lib.toy import make_toy_films
 from lib.video import Probe, identity, played, read_frames, shown
 from lib.weights import grid_of, interpolate
@@ -47,7 +47,7 @@ from model import IMAGENET_MEAN, Classifier, Encoder
 
 
 @dataclass
-class Config(ModelConfig, RunConfig):
+class Config(ModelConfig, TuneConfig):
     repeats = 1  # no flag: AVA's recipe has no repeated augmentation
     # data
     boxes: str | None = opt(None, f"detected boxes; None: {ava.BOXES} in --splits")
@@ -56,38 +56,21 @@ class Config(ModelConfig, RunConfig):
     actions: int = opt(80, "how many actions there are: their numbers begin at 1", 1)
     short_side: int | None = opt(None, "of a frame, in pixels; None: 8/7 of --resolution", 1)
     flip: bool = opt(True, "mirror half of the clips; not where left and right are actions")
-    # model
-    least: float = opt(0.95, "smallest share of the encoder's tensors that --init must hold", 0, 1)
-    drop_path: float = opt(0.2, "rate at which a clip skips the last block, see Encoder", 0, 1)
-    head_dropout: float = opt(0.0, "dropout before the head", 0, 1)
-    init_scale: float = opt(1e-3, "factor on the head's first weights", 0)
-    # optimisation
-    epochs: int | None = opt(30, "passes over the annotated seconds; None: by --steps", 1)
-    steps: int = opt(1000, "steps of the recipe own, unless --epochs is given", 1)
-    batch: int = opt(128, "clips per step, over all GPUs and gradient accumulation passes", 1)
-    micro: int | None = opt(None, "clips per GPU and forward pass; None: no accumulation", 1)
-    base_lr: float = opt(2.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
-    min_lr: float = opt(1e-6, "last learning rate, scaled like base_lr")
-    warmup: float | None = opt(5, "epochs of linear warm-up; None: a tenth", 0)
-    weight_decay: float = opt(0.05, "AdamW's; none on biases and norms")
-    layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
-    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
-    # evaluation
-    eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init")
     predict: str | None = opt(None, "a film: draw the two best actions of --boxes in it")
 
 
 # Table 12 and Appendix B; the scripts agree. The columns are pre-training on K400 alone, and
-# additional fine-tuning on K400's labels ("labels"). What is not said here is the default above:
-# batch, warm-up, drop path, weight decay. Toy and own are ours.
-AVA = dict(begin=900, stride=4, short_side=256)  # films of 15 minutes, cut as docs/data.md says
+# additional fine-tuning on K400's labels ("labels"). What is not said here is the default of
+# finetune.py: warm-up, weight decay. Films of 15 minutes are cut as docs/data.md says. Toy and own
+# are ours.
+AVA = dict(begin=900, stride=4, short_side=256, drop_path=0.2, epochs=30, batch=128, base_lr=2.5e-4)
 SMALL, LARGE = dict(AVA, size="small", layer_decay=0.6), dict(AVA, size="large")
 HUGE = dict(AVA, size="huge", layer_decay=0.8, epochs=20)
 PRESETS = {
     "toy": dict(data=TOY_FILMS, workers=0, actions=12, short_side=80, resolution=72, flip=False,
                 drop_path=0.0, epochs=20, batch=8, base_lr=3.2e-2, min_lr=3.2e-4, warmup=2,
                 layer_decay=1.0, save_minutes=1),
-    "own": dict(epochs=None, warmup=None, batch=16, base_lr=4e-3),
+    "own": dict(drop_path=0.2, epochs=None, warmup=None, batch=16, base_lr=4e-3),
     "ava": dict(AVA, size="base"),
     "ava-small": dict(SMALL, base_lr=1e-3),
     "ava-large": dict(LARGE),

@@ -31,6 +31,7 @@ from data import SAMPLING, TOY, Split, Videos, finetune_transform, make_loader, 
 from lib import engine, evaluate, prepare, speed
 from lib.engine import opt
 from lib.evaluate import fit_classes
+from lib.lists import choose
 from lib.run import Run, RunConfig, StageConfig, fit_to_set
 from lib.video import shown
 from lib.weights import build, by, load_weights, read_weights
@@ -66,17 +67,9 @@ class ClipConfig(ModelConfig):
 
 
 @dataclass
-class Config(ClipConfig, RunConfig):
-    # augmentation
-    repeats: int = opt(2, "augmentations of each decoded clip; the learning rate stays", 1)
-    operations: int = opt(4, "RandAugment operations per clip, each applied half of the time", 0)
-    magnitude: float = opt(7, "RandAugment magnitude", 0, 10)
-    smallest: float = opt(0.08, "smallest area of the random crop, as a share of the frame", 0, 1)
-    flip: bool = opt(True, "mirror half of the clips; not where left and right are classes")
-    erase: float = opt(0.25, "probability that a rectangle is erased", 0, 1)
-    mixup: float = opt(0.8, "alpha of mixup, which takes turns with cutmix; 0: none", 0)
-    cutmix: float = opt(1.0, "alpha of cutmix; 0: none", 0)
-    smoothing: float = opt(0.1, "label smoothing", 0, 1)
+class TuneConfig(RunConfig):
+    """Flags of training with labels, of this stage and of detect.py."""
+
     # model
     least: float = opt(0.95, "smallest share of the encoder's tensors that --init must hold", 0, 1)
     drop_path: float = opt(0.1, "rate at which a clip skips the last block, see Encoder", 0, 1)
@@ -94,9 +87,24 @@ class Config(ClipConfig, RunConfig):
     layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
     # evaluation
+    eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init, on its own clips")
+
+
+@dataclass
+class Config(ClipConfig, TuneConfig):
+    # augmentation
+    repeats: int = opt(2, "augmentations of each decoded clip; the learning rate stays", 1)
+    operations: int = opt(4, "RandAugment operations per clip, each applied half of the time", 0)
+    magnitude: float = opt(7, "RandAugment magnitude", 0, 10)
+    smallest: float = opt(0.08, "smallest area of the random crop, as a share of the frame", 0, 1)
+    flip: bool = opt(True, "mirror half of the clips; not where left and right are classes")
+    erase: float = opt(0.25, "probability that a rectangle is erased", 0, 1)
+    mixup: float = opt(0.8, "alpha of mixup, which takes turns with cutmix; 0: none", 0)
+    cutmix: float = opt(1.0, "alpha of cutmix; 0: none", 0)
+    smoothing: float = opt(0.1, "label smoothing", 0, 1)
+    # evaluation
     validate: int = opt(0, "epochs between looks at test or held-out videos; 0: never", 0)
     hold_out: float = opt(0.0, "share of the training videos that --validate looks at", 0, 0.9)
-    eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init, on its own clips")
     predict: tuple[str, ...] | None = opt(None, "files, folders, globs or lists of videos")
 
 
@@ -258,12 +266,6 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     if not held:
         raise ValueError("--hold-out needs a class with two training videos")
     return choose(split, sorted({*range(len(split.paths))} - {*held})), choose(split, held)
-
-
-def choose(split: Split, videos: list[int]) -> Split:
-    """The split with some of its videos only."""
-    paths, labels = [split.paths[i] for i in videos], [split.labels[i] for i in videos]
-    return replace(split, paths=paths, labels=labels)
 
 
 # --------------------------------------------------------------------------------------- training

@@ -30,21 +30,14 @@ BOXES = "ava_detection_val_boxes_and_labels.csv"  # of a person detector
 
 @dataclass
 class Annotations:
-    """What AVA's files say. Frames that are not evaluated are in neither `test` nor `found`.
+    """What AVA's files say. Frames that are not evaluated are in neither `test` nor `found`."""
 
-    names    {number from 1: name} of the actions that are evaluated
-    classes  names of all actions, in the order of their numbers
-    films    {video: file}
-    train    {frame: {box: actions}} of the training part; test: of the test part
-    found    {frame: {box: score}}, detected in the test part
-    """
-
-    names: dict[int, str]
-    classes: list[str]
+    names: dict[int, str]  # of the actions that are evaluated, by their numbers from 1
+    classes: list[str]  # names of all actions, in the order of their numbers
     films: dict[str, Path]
-    train: dict[Frame, dict[Box, set[int]]]
+    train: dict[Frame, dict[Box, set[int]]]  # who does what
     test: dict[Frame, dict[Box, set[int]]]
-    found: dict[Frame, dict[Box, float]]
+    found: dict[Frame, dict[Box, float]]  # detected in the test part, with scores
 
 
 def read(cfg) -> Annotations:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import math
 import os
@@ -44,29 +43,25 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
     if preset not in presets:
         known = ", ".join(filter(None, presets)) or "none: a word needs a flag before it"
         parser.error(f"unknown preset {preset!r}: use one of {known}")
-    fields = dataclasses.fields(Config)
-    for field in fields:
+    flags = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(Config)}
+    for flag, field in flags.items():
         default = presets[preset].get(field.name, field.default)
         about = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
         how = dict(help=about, default=argparse.SUPPRESS, **_argument(field.type))
-        parser.add_argument(_flag(field.name), **how)
+        parser.add_argument(flag, **how)
     given = vars(parser.parse_args(argv))
     given = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
     config = Config(**{**presets[preset], **given})
-    for field in fields:
+    for flag, field in flags.items():
         value, (_, least, most) = getattr(config, field.name), field.metadata.values()
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            parser.error(f"{_flag(field.name)} {value} must be {allowed}")
+            parser.error(f"{flag} {value} must be {allowed}")
     if name := getattr(config, "name", None):
         parts = Path(name).parts
         if Path(name).is_absolute() or ".." in parts or not parts:
             parser.error(f"--name {name} is no folder within runs/")
     return preset, config
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _argument(kind) -> dict:
@@ -83,7 +78,9 @@ def _argument(kind) -> dict:
 
 def cli(main) -> None:
     """Run a script's main. An OSError, or a ValueError of our own files, ends it with one line."""
-    print_any_name()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that are no text; a notebook escapes by itself
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -104,13 +101,6 @@ def cli(main) -> None:
             dist.destroy_process_group()
     print(f"error: {message}", file=sys.stderr)  # out here the progress bar is closed
     sys.exit(2)
-
-
-def print_any_name() -> None:
-    """Print file names that are no text with escapes; a notebook's output does so by itself."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def progress(words: str, total: int, iterable=None, **more) -> tqdm:
@@ -201,13 +191,6 @@ def derive_seed(*key: int | str) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(videos: int, seed: int, epoch: int) -> list[int]:
-    """The order of the videos in an epoch."""
-    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-    return torch.randperm(videos, generator=generator).tolist()
-
-
 class Order(Sampler):
     """Batch sampler: the keys (index, seed) of each micro-batch of this process, from `start` on.
 
@@ -225,9 +208,10 @@ class Order(Sampler):
     def step_keys(self, step: int) -> list[tuple[int, int]]:
         """The keys of all videos of a step, those of all processes."""
         epoch, number = divmod(step, self.videos // self.batch)
-        order = permutation(self.videos, self.seed, epoch)
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+        order = torch.randperm(self.videos, generator=generator)
         places = range(number * self.batch, (number + 1) * self.batch)
-        return [(order[i], derive_seed("video", self.seed, epoch, i)) for i in places]
+        return [(int(order[i]), derive_seed("video", self.seed, epoch, i)) for i in places]
 
     def __iter__(self):
         share = self.batch // processes()

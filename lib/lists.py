@@ -69,13 +69,17 @@ def read_split(
             how += ", --missing skip leaves them out" * (missing == "error")
             raise ValueError(line + why_missing(absent[0], Path(data).expanduser(), how))
         out = set(absent)
-        kept = [i for i, path in enumerate(found.paths) if path not in out]
-        paths, labels = [found.paths[i] for i in kept], [found.labels[i] for i in kept]
-        notes = [*found.notes, f"{line}: they are left out"]
-        found = replace(found, paths=paths, labels=labels, notes=notes)
+        found = choose(found, [i for i, path in enumerate(found.paths) if path not in out])
+        found.notes.append(f"{line}: they are left out")
     for note in found.notes if engine.rank() == 0 else ():
         print(f"note: {note}")
     return found
+
+
+def choose(split: Split, videos: list[int]) -> Split:
+    """The split with some of its videos only."""
+    paths, labels = [split.paths[i] for i in videos], [split.labels[i] for i in videos]
+    return replace(split, paths=paths, labels=labels)
 
 
 def missing_videos(split: Split) -> list[Path]:

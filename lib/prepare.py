@@ -272,10 +272,5 @@ def main(argv: list[str]) -> None:
     new.add_argument("--out", required=True, help="folder to write, with the names of --data")
     new.add_argument("--short-side", type=int, help="pixels to shrink to (default: sizes stay)")
     args = vars(parser.parse_args(argv))
-    engine.print_any_name()
-    try:
-        code = args.pop("work")(**args)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    if code:  # in a notebook, only what fails may raise SystemExit
+    if code := args.pop("work")(**args):  # in a notebook, only what fails may raise SystemExit
         sys.exit(code)

@@ -58,19 +58,14 @@ def read_frames(path: str | Path, pick: list[int] | Callable[[int], list[int]]) 
 
 @dataclass
 class Probe:
-    """What decoding a whole file finds. `announced` and `rate` are 0 where the file does not say.
-
-    `damaged`: frames that are broken, and packets that cannot be decoded. `announced`: frames by
-    the container. `size`: (width, height) in pixels, as stored. `rate`: frames per second.
-    `timed`: a clip need not be decoded from the start of the file.
-    """
+    """What decoding a whole file finds."""
 
     frames: int = 0
-    damaged: int = 0
-    announced: int = 0
-    size: tuple[int, int] = (0, 0)
-    rate: float = 0.0
-    timed: bool = True
+    damaged: int = 0  # frames that are broken, and packets that cannot be decoded
+    announced: int = 0  # frames by the container; 0: it does not say
+    size: tuple[int, int] = (0, 0)  # width, height in pixels, as stored
+    rate: float = 0.0  # frames per second; 0: the file does not say
+    timed: bool = True  # a clip need not be decoded from the start of the file
 
     @property
     def problem(self) -> str:

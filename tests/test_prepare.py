@@ -38,6 +38,9 @@ def run(monkeypatch, capfd):
         code = 0
         try:
             prepare.main([*map(str, words), "--workers", "2"])
+        except ValueError as error:  # engine.cli prints it
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
         except SystemExit as stop:  # in a notebook, only what fails may raise it
             code = stop.code
             assert code != 0

@@ -157,7 +157,8 @@ def test_killed_while_saving_the_resumed_run_is_the_same(
 
 @pytest.mark.parametrize(
     "flags",
-    ["--model center", "--model double", "--model cross --precision bf16", "--model cell --frames 8",
+    ["--model center", "--model double", "--model cross --precision bf16",
+     "--model cell --frames 8",
      "--mask frame --loss l1 --precision fp16", "--mask random --no-normalize --memory less",
      "--positions 3d --clip-grad 0.1 --precision bf16 --flip --beta2 0.9 --memory least"],
 )  # fmt: skip
