@@ -182,7 +182,7 @@ def test_a_job_runs_once_and_resumes(lab, tmp_path):
 
 @pytest.fixture
 def series(lab, monkeypatch):
-    """Starts a series of table1b in a process. Stages take a minute; tube75's second one fails."""
+    """Starts a series of table1b in a process. Stages take a minute; random90's second one fails."""
     Path("stage.py").write_text(
         "import os, signal, sys, time\n"
         "name = sys.argv[1]\n"
@@ -192,9 +192,9 @@ def series(lab, monkeypatch):
         "    sys.exit()\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "open(f'began-{name}', 'w').write(str(os.getpid()))\n"
-        "if name == 'tube75':\n"
+        "if name == 'random90':\n"
         "    open(f'runs/lab/{name}.made', 'w').close()\n"
-        "elif name == 'tube75-next':\n"
+        "elif name == 'random90-next':\n"
         "    while not os.path.exists('began-epochs120'):\n"  # it can be asked to stop from then on
         "        time.sleep(0.05)\n"
         "    sys.exit('no')\n"
@@ -241,10 +241,10 @@ def test_a_stopped_series_stops_its_stages(series, number):
 
 
 def test_an_error_stops_the_other_stages(series):
-    process = series(4, "epochs120", "tube75-next")
+    process = series(4, "epochs120", "random90-next")
     process.join(20)
     assert process.exitcode == 1
-    assert "stage.py tube75-next did not finish, see runs/lab/tube75" in Path("err").read_text()
+    assert "stage.py random90-next did not finish, see runs/lab/random90" in Path("err").read_text()
     assert Path("saved").exists() and not Path("began-epochs120-next").exists()
 
 
