@@ -182,7 +182,7 @@ def test_a_job_runs_once_and_resumes(lab, tmp_path):
 
 @pytest.fixture
 def series(lab, monkeypatch):
-    """Starts a series of table1b in a process. Stages take a minute; random90's second one fails."""
+    """Starts a series of table1b in a process. Stages take a minute, random90's second fails."""
     Path("stage.py").write_text(
         "import os, signal, sys, time\n"
         "name = sys.argv[1]\n"
