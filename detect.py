@@ -280,7 +280,8 @@ def score_test(model: Detector, data: ava.Annotations, cfg: Config, folder: Path
     result = dict(mAP=mean, actions=each, frames=len(frames), empty=len(empty), boxes=boxes)
     result["config"] = asdict(cfg)
     engine.write_whole(folder / "results.json", json.dumps(result, indent=1) + "\n")
-    path.unlink(missing_ok=True)
+    for file in folder.glob("scores*.pt"):
+        file.unlink()
     print(f"{boxes} boxes in {len(frames)} frames, {len(empty)} of them without a box: {title}")
 
 
@@ -328,6 +329,10 @@ def main(argv: list[str]) -> None:
     speed.place(detector, device)
     if data and len(classes) != cfg.actions:
         raise ValueError(f"{cfg.init} knows {len(classes)} actions: --actions {len(classes)}")
+    for number, name in data.names.items() if cfg.eval_only else ():
+        if classes[number - 1] not in (name, f"action {number}"):
+            other = f"{cfg.init} knows action {number} as {classes[number - 1]}"
+            raise ValueError(f"{other}, the label map as {name}: take that of its training")
     if cfg.predict or cfg.eval_only:
         work, about = (predict, classes) if cfg.predict else (score_test, data)
         return work(detector, about, cfg, folder, device)

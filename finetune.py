@@ -317,7 +317,8 @@ def score_test(model: Classifier, test: Split, cfg: Config, folder: Path, device
     scores = torch.stack([*found.values()])
     if engine.rank() == 0:
         print(evaluate.write_results(folder, test, cfg, scores, views=[cfg.clips, cfg.crops]))
-        path.unlink(missing_ok=True)
+        for file in folder.glob("scores*.pt"):
+            file.unlink()
 
 
 def main(argv: list[str]) -> None:

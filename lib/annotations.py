@@ -63,7 +63,8 @@ def list_lines(path: Path) -> dict[int, str]:
     if "\0" in text:
         zero = f"a zero at character {text.index(chr(0))}"
         raise ValueError(f"{path} is not a text file ({zero}): save it as UTF-8")
-    lines = {number: line.strip(" \t\r") for number, line in enumerate(text.split("\n"), 1)}
+    lines = re.split("\r\n|\r|\n", text)  # of Unix, Windows and old Macs
+    lines = {number: line.strip(" \t") for number, line in enumerate(lines, 1)}
     return {number: line for number, line in lines.items() if line}
 
 
@@ -162,17 +163,18 @@ def _slashes(data: Path, text: str) -> str:
 
 def _line(data: Path, line: str) -> tuple[str, str]:
     """(path, label or "") of a line that is no row of a table."""
-    line = _slashes(data, line)
     if found := VIDEO_LINE.fullmatch(line):
         label = _label(found[3] or "", "," in (found[2] or ""))
-        return (line, "") if label is None else (found[1], label)
+        path, label = (line, "") if label is None else (found[1], label)
+        return _slashes(data, path), label
     if not (found := OTHER_LINE.fullmatch(line)):
-        return line, ""
-    folder = OTHER_LINE.fullmatch(found[1])
-    if folder and not os.path.isfile(data / found[1]):
+        return _slashes(data, line), ""
+    path = _slashes(data, found[1])
+    folder = OTHER_LINE.fullmatch(path)
+    if folder and not os.path.isfile(data / path):
         make = frames_line(data, data / folder[1])
         raise ValueError(f"looks like frames: {make}; then write `FOLDER.mp4 label`")
-    return found.groups()
+    return path, found[2]
 
 
 def _label(rest: str, comma: bool) -> str | None:

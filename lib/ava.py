@@ -71,9 +71,9 @@ def read(cfg) -> Annotations:
 
 def read_actions(path: Path, count: int) -> dict[int, str]:
     """A label map: {number from 1 to `count`: name}. ValueError where it is something else."""
-    text = "\n".join(list_lines(path).values())
+    text = "\n".join(x for x in list_lines(path).values() if not x.startswith("#"))
     items = re.findall(r"(?:item|label)\s*\{(.*?)\}", text, re.DOTALL)
-    names = [re.search(r"name:\s*\"(.*)\"", item) for item in items]
+    names = [re.search(r"\bname:\s*\"([^\"]*)\"", item) for item in items]
     numbers = [re.search(r"\b(?:label_)?id:\s*(\d+)", item) for item in items]
     if not items or None in names or None in numbers:
         raise ValueError(f'{path} must hold items such as: item {{ name: "walk" id: 14 }}')

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections import namedtuple
@@ -157,8 +158,9 @@ def each_video(
 
     An item may also be a tuple: the arguments of the model. `score` is applied to its result.
     Outputs are kept in the file `path`, and taken from there where weights, flags and the item's
-    key are the same. It is written at the end, also after Ctrl-C, and every ten minutes. Processes
-    share the work, and all get all outputs. The model stays in evaluation mode.
+    key are the same. It is written at the end, also after Ctrl-C, SIGTERM and SIGUSR1, and every
+    ten minutes. Processes share the work, each with a file of its own, and all get all outputs. The
+    model stays in evaluation mode.
     """
     dtype, kept, errors, saved = engine.precision_dtype(cfg.precision, device), {}, {}, time.time()
     about = f"{[getattr(cfg, key, None) for key in VIEWS]} {dtype} {device}"
@@ -169,17 +171,22 @@ def each_video(
         about += digest.hexdigest()
 
     def save() -> None:
-        if path and kept and engine.rank() == 0:
+        if path and kept:  # each process keeps what is its own
             path.parent.mkdir(parents=True, exist_ok=True)
-            engine.save_checkpoint(path, **{about: kept})
+            own = path.with_suffix(f".{engine.rank()}.pt") if engine.rank() else path
+            engine.save_checkpoint(own, **{about: kept})
 
-    with suppress(Exception):  # there may be no file, or a broken one, in any of many ways
-        kept = torch.load(path, weights_only=True)[about]
+    for file in path.parent.glob(f"{path.stem}*.pt") if path else ():
+        with suppress(Exception):  # it may be broken, in any of many ways
+            kept |= torch.load(file, weights_only=True)[about]
     mine = range(engine.rank(), len(views), engine.processes())
     todo = [i for i in mine if views.keys[i] not in kept]
     batches, pin = [[i] for i in todo], device.type == "cuda"
     loader = make_loader(views, batches, cfg.workers, pin, collate=itemgetter(0))
     model.eval()
+    # As Ctrl-C, unless a training that is under way handles them.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) == signal.SIG_DFL]
+    before = {n: signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in numbers}
     try:
         items = engine.progress("videos", len(todo), loader, leave=False)
         for index, item in zip(todo, items, strict=True):
@@ -199,11 +206,14 @@ def each_video(
             for results, more in parts:
                 kept |= results
                 errors |= more
+            path = path if engine.rank() == 0 else None  # one file of all
     except KeyboardInterrupt:
         Run.say(f"stopped: {path} keeps {len(kept)} videos" if path else "stopped")
         sys.exit(130)
     finally:
         save()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return {i: kept[key] for i, key in enumerate(views.keys) if key in kept}, errors
 
 
@@ -302,6 +312,6 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
 
 def name_wrong(errors: list[str]) -> None:
     """Name what could not be read and end with exit code 1, if there is any."""
-    if errors:
-        print(f"{len(errors)} cannot be read:", *dict.fromkeys(errors), sep="\n  ", file=sys.stderr)
+    if errors := [*dict.fromkeys(errors)]:
+        print(f"{len(errors)} cannot be read:", *errors, sep="\n  ", file=sys.stderr)
         sys.exit(1)

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lib.engine import save_checkpoint
 from lib.weights import load_model, rename
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, VideoMAE, position_table
 
@@ -118,10 +119,11 @@ def main(argv: list[str]) -> None:
         args = dict(num_frames=frames, input_size=side, sampling_rate=about.get("stride"))
         args["data_set"] = "SSV2" if about.get("sampling") == "uniform" else None
         args["normlize_target"] = about.get("normalize")  # spelled so there
-        torch.save(dict(model=to_official(model), args=args), out)
+        save_checkpoint(out, model=to_official(model), args=args)
         if "eps" in model.config:
             print(f"LayerNorm eps is 1e-06 there, not {model.config['eps']}")
     else:
+        to_official(model)  # before anything is changed, it refuses what others do not have
         change_last_eps(model)
         for part in to_hugging_face(model, about):
             part.save_pretrained(out)

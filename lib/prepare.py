@@ -5,6 +5,7 @@ says how to call them.
 """
 
 import argparse
+import fcntl
 import math
 import os
 import shlex
@@ -237,6 +238,11 @@ def prepare(
             raise ValueError(f"--out {out} holds {other}: name an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)
     size.write_text(str(short_side))
+    lock = open(size, "r+")  # to the end of this function; processes that start do not inherit it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another process writes to {out}") from error
     # Of a folder, all is known. A video that was moved would be there twice, in two classes.
     gone = {*video_files(out)[0]} - {out / name for name in names} if whole else ()
     if gone:

@@ -11,8 +11,9 @@ from multiprocessing.connection import wait
 def in_processes(work, items: list, processes: int, silence: float = 60):
     """Yield (item, work(item, alive)) as they are ready; a text instead where there is no result.
 
-    A ValueError or OSError is its text. A process that crashes, or does not call alive() for
-    `silence` seconds, costs its one item. So a long film may take its time.
+    A ValueError is its text. A process that crashes, or does not call alive() for `silence`
+    seconds, costs its one item. So a long film may take its time. An OSError, such as that of a
+    full disk, would meet all items: it is raised here.
     """
     waiting, busy = items[::-1], {}  # busy: pipe -> process, its item
 
@@ -43,6 +44,9 @@ def in_processes(work, items: list, processes: int, silence: float = 60):
                     result = f"decoding it crashed, or gave no frame for {silence:.0f} s"
                     result += f" (exit code {process.exitcode})"
                     pipe = process = None
+                if isinstance(result, OSError):
+                    process.kill()
+                    raise result
                 feed(pipe, process)
                 yield item, result
     finally:
@@ -62,7 +66,9 @@ def _serve(work, pipe, silence: float) -> None:
             alive()
             try:
                 result = work(item, alive)
-            except (ValueError, OSError) as error:
+            except OSError as error:  # those of FFmpeg are ValueErrors, too, and cannot be sent
+                result = OSError(str(error))
+            except ValueError as error:
                 result = str(error)
             faulthandler.cancel_dump_traceback_later()
             pipe.send(result)

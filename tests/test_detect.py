@@ -155,6 +155,8 @@ def test_files_are_read_as_published(file):
     assert ava.read_actions(file(sixty), 80) == {1: "bend/bow (at the waist)", 80: "b"}
     eighty = 'label {\n  name: "walk"\n  label_id: 14\n  label_type: PERSON_MOVEMENT\n}\n'
     assert ava.read_actions(file(eighty), 80) == {14: "walk"}
+    more = '# item { name: "x" id: 3 }\nitem { display_name: "Walks" name: "walk" id: 1 info: "y" }'
+    assert ava.read_actions(file(more), 80) == {1: "walk"}
 
 
 TRUTH, FOUND = (lambda p: ava.read_truth(p, 80)), (lambda p: ava.read_boxes(p, 0.8))

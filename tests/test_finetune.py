@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -290,12 +291,12 @@ def test_unreadable_test_videos_are_all_named_and_the_others_are_scored_once(
 
 def test_results_are_kept_for_the_same_video_weights_and_flags_only(tmp_path, capsys):
     class Numbers(list):
-        """Item i: a clip of value i, or Ctrl-C."""
+        """Item i: a clip of value i, or a signal."""
 
         def __getitem__(self, i):
             asked.append(i)
             if i == self.stop:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
             return torch.full((1, 1), float(i))
 
     class Twice(torch.nn.Module):
@@ -317,11 +318,15 @@ def test_results_are_kept_for_the_same_video_weights_and_flags_only(tmp_path, ca
         }
         return list(asked)
 
-    with pytest.raises(SystemExit) as caught:
-        run(["a 1", "b 1", "c 1"], stop=1)
-    out = capsys.readouterr().out
-    assert caught.value.code == 130 and out.count("\n") == 1 and "kept.pt keeps 1 videos" in out
-    assert run(["a 1", "b 1", "c 1"]) == [1, 2]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        (tmp_path / "kept.pt").unlink(missing_ok=True)
+        with pytest.raises(SystemExit) as caught:
+            run(["a 1", "b 1", "c 1"], stop=1)
+        assert caught.value.code == 128 + number
+        out = capsys.readouterr().out
+        assert run(["a 1", "b 1", "c 1"]) == [1, 2]
+    assert out.count("\n") == 1 and "kept.pt keeps 1 videos" in out
+    (tmp_path / "kept.pt").rename(tmp_path / "kept.1.pt")  # that of another process
     assert run(["a 1", "b 2", "c 1"]) == [1]
     model.weight += 1
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]

@@ -143,6 +143,7 @@ def test_folders_of_frames_get_the_command_that_makes_videos(tmp_path, read, ima
         (",label,file name\n0,1,v0.mp4\n1,0,clip.dat\n", "v0.mp4 clip.dat", [1, 0], "0 1"),
         ("clip_name,clip_path,label\nx,v0.mp4,Run\n", "v0.mp4", [0], "Run"),
         ("path,label\r\nsub\\d.avi,0\r\n", "sub/d.avi", [0], "0"),
+        ("sub\\d.avi left\\right\rv0.mp4 Run\r", "sub/d.avi v0.mp4", [1, 0], r"Run left\right"),
         ("path\nv0.mp4\nsub/d.avi\n", "v0.mp4 sub/d.avi", [-1, -1], ""),
         ("path label\nv0.mp4 1\na b, c.mp4 0\n", "v0.mp4|a b, c.mp4", [1, 0], "0 1"),
         ('"a b, c.mp4",0\n"v0.mp4",1\n', "a b, c.mp4|v0.mp4", [0, 1], "0 1"),

@@ -102,6 +102,15 @@ def work(item, alive):
     return item * item
 
 
+def full_disk(item, alive):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_ends_all():
+    with pytest.raises(OSError, match="No space left"):
+        list(in_processes(full_disk, [1, 2, 3], 1))
+
+
 def test_processes_that_die_or_hang_cost_one_item():
     begin = time.monotonic()
     found = dict(in_processes(work, list(range(9)), 2, silence=2))

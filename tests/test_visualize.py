@@ -147,6 +147,9 @@ def test_figure(tmp_path, drawn, capsys, stats, columns, mask_name, seed):
     if stats == "visible":  # a ratio that is asked for twice is drawn once
         twice = Config(ratios=(0.5, 0.5), mask=mask_name, seed=seed)
         visualize.draw_reconstructions(model, clips[:1], 1, twice, tmp_path / "b.png")
+        few = Config(ratios=(0.75, 0.9), mask="frame")  # of 2 time steps, both hide one
+        visualize.draw_reconstructions(model, clips[:1], 1, few, tmp_path / "c.png")
+        assert list(json.loads((tmp_path / "c-psnr.json").read_text())["psnr"]) == ["50%"]
     written = json.loads((tmp_path / "a-psnr.json").read_text())
     found = written["psnr"]["75%"]
     assert written["clips"] == 3 and list(written["psnr"]) == ["50%", "75%"]
