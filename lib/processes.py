@@ -66,7 +66,7 @@ def _serve(work, pipe, silence: float) -> None:
             alive()
             try:
                 result = work(item, alive)
-            except OSError as error:  # those of FFmpeg are ValueErrors, too, and cannot be sent
+            except OSError as error:  # a plain one: those of FFmpeg cannot be sent
                 result = OSError(str(error))
             except ValueError as error:
                 result = str(error)
