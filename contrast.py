@@ -111,7 +111,7 @@ def view_transforms(size: int, smallest: float, flip: bool) -> list[v2.Transform
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """As nn.SyncBatchNorm, which needs GPUs. Without running averages: nothing is evaluated."""
+    """BatchNorm over all processes: nn.SyncBatchNorm needs GPUs. There are no running averages."""
 
     def __init__(self, dim: int, affine: bool):
         super().__init__(dim, affine=affine, track_running_stats=False)

@@ -60,9 +60,8 @@ class Config(ModelConfig, TuneConfig):
 
 
 # Table 12 and Appendix B; the scripts agree. The columns are pre-training on K400 alone, and
-# additional fine-tuning on K400's labels ("labels"). What is not said here is the default of
-# finetune.py: warm-up, weight decay. Films of 15 minutes are cut as docs/data.md says. Toy and own
-# are ours.
+# additional fine-tuning on K400's labels ("labels"). Warm-up and weight decay are those of
+# finetune.py. Films of 15 minutes are cut as docs/data.md says. Toy and own are ours.
 AVA = dict(begin=900, stride=4, short_side=256, drop_path=0.2, epochs=30, batch=128, base_lr=2.5e-4)
 SMALL, LARGE = dict(AVA, size="small", layer_decay=0.6), dict(AVA, size="large")
 HUGE = dict(AVA, size="huge", layer_decay=0.8, epochs=20)
@@ -280,7 +279,7 @@ def score_test(model: Detector, data: ava.Annotations, cfg: Config, folder: Path
     result = dict(mAP=mean, actions=each, frames=len(frames), empty=len(empty), boxes=boxes)
     result["config"] = asdict(cfg)
     engine.write_whole(folder / "results.json", json.dumps(result, indent=1) + "\n")
-    for file in folder.glob("scores*.pt"):
+    for file in evaluate.kept_files(path):
         file.unlink()
     print(f"{boxes} boxes in {len(frames)} frames, {len(empty)} of them without a box: {title}")
 
@@ -329,7 +328,7 @@ def main(argv: list[str]) -> None:
     speed.place(detector, device)
     if data and len(classes) != cfg.actions:
         raise ValueError(f"{cfg.init} knows {len(classes)} actions: --actions {len(classes)}")
-    for number, name in data.names.items() if cfg.eval_only else ():
+    for number, name in data.names.items() if data and cfg.eval_only else ():
         if classes[number - 1] not in (name, f"action {number}"):
             other = f"{cfg.init} knows action {number} as {classes[number - 1]}"
             raise ValueError(f"{other}, the label map as {name}: take that of its training")

@@ -317,7 +317,7 @@ def score_test(model: Classifier, test: Split, cfg: Config, folder: Path, device
     scores = torch.stack([*found.values()])
     if engine.rank() == 0:
         print(evaluate.write_results(folder, test, cfg, scores, views=[cfg.clips, cfg.crops]))
-        for file in folder.glob("scores*.pt"):
+        for file in evaluate.kept_files(path):
             file.unlink()
 
 

@@ -16,7 +16,7 @@ import gc
 import io
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,7 @@ def draw_reconstructions(model, clips: list[Tensor], drawn: int, cfg: Config, ou
     if oracle:
         names += ["oracle model", "oracle nothing", "oracle untrained"]
         untrained = build(type(model), model.config).eval()
-    columns, means = [], {}
+    columns, means = [], defaultdict(Counter)
     for number, clip in enumerate(clips):
         seed, masks = engine.derive_seed("figure", cfg.seed, number), {}
         for ratio in cfg.ratios:
@@ -142,7 +142,7 @@ def draw_reconstructions(model, clips: list[Tensor], drawn: int, cfg: Config, ou
             # Of few places, much less may be hidden: of 4 time steps 3, at 90 % as well as at 75 %.
             share = mask.float().mean().item()
             masks[f"{100 * (ratio if ratio - share < 0.02 else share):.4g}%"] = mask
-        for percent, mask in masks.items():
+        for place, (percent, mask) in enumerate(masks.items()):
             original, hidden, made = reconstruct(model, clip, mask)
             if "model" not in made:  # a target of one's own
                 return print("no figure: the predictions of this model are no pixels")
@@ -151,11 +151,9 @@ def draw_reconstructions(model, clips: list[Tensor], drawn: int, cfg: Config, ou
                 made |= {"untrained": other["model"], "oracle untrained": other["oracle model"]}
             named = [name for name in made if oracle or not name.startswith("oracle")]
             scores = {name: psnr(made[name], original, hidden) for name in named}
-            means.setdefault(percent, Counter()).update(
-                {name: score / len(clips) for name, score in scores.items()}
-            )
+            means[percent].update({name: score / len(clips) for name, score in scores.items()})
             if number < drawn:
-                first = [("original", original[0])] if mask is [*masks.values()][0] else []
+                first = [("original", original[0])] if place == 0 else []
                 columns += [*first, (f"{percent} masked", original.where(~hidden, 0.5)[0])]
                 for name in names:
                     title = name.replace("oracle ", "oracle statistics:\n")

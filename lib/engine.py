@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import fcntl
 import inspect
 import math
 import os
@@ -222,6 +223,19 @@ class Order(Sampler):
 
 
 # ------------------------------------------------------------------------------------------ files
+
+
+def lock(path: str | Path, error: str):
+    """Lock a file until what is returned is closed. ValueError(error) while another process has it.
+
+    Processes that this one starts do not inherit it: loader workers may outlive a killed process.
+    """
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as busy:
+        raise ValueError(error) from busy
+    return file
 
 
 def write_whole(path: str | Path, text: str) -> None:

@@ -141,13 +141,14 @@ class WindowViews(Dataset):
         return torch.cat([spatial_views(clip, *how) for clip in clips])
 
 
-# Flags that decide what the model gets.
-VIEWS = "frames stride sampling resolution cube clips crops augment".split()
-
-
 def softmax_or_mean(out: Tensor) -> Tensor:
     """A classifier's softmax (K, classes), or the mean of an encoder's tokens (K, D)."""
     return out.softmax(dim=1) if out.ndim == 2 else out.mean(dim=1)
+
+
+def kept_files(path: Path) -> list[Path]:
+    """Where each_video keeps outputs: `path`, and a file for each other process."""
+    return [*path.parent.glob(f"{path.stem}.*pt")]
 
 
 @torch.no_grad()
@@ -163,7 +164,8 @@ def each_video(
     model stays in evaluation mode.
     """
     dtype, kept, errors, saved = engine.precision_dtype(cfg.precision, device), {}, {}, time.time()
-    about = f"{[getattr(cfg, key, None) for key in VIEWS]} {dtype} {device}"
+    views_of = "frames stride sampling resolution cube clips crops augment".split()
+    about = f"{[getattr(cfg, key, None) for key in views_of]} {dtype} {device}"
     if path:
         digest = hashlib.sha256()
         for tensor in model.state_dict().values():
@@ -176,7 +178,7 @@ def each_video(
             own = path.with_suffix(f".{engine.rank()}.pt") if engine.rank() else path
             engine.save_checkpoint(own, **{about: kept})
 
-    for file in path.parent.glob(f"{path.stem}*.pt") if path else ():
+    for file in kept_files(path) if path else ():
         with suppress(Exception):  # it may be broken, in any of many ways
             kept |= torch.load(file, weights_only=True)[about]
     mine = range(engine.rank(), len(views), engine.processes())

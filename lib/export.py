@@ -114,16 +114,16 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{out} exists: name a new one")
     out.parent.mkdir(parents=True, exist_ok=True)
     model, about = load_model(given.weights, classifier=True)
+    state = to_official(model)  # refuses what others do not have
     if given.official:
         frames, side, _ = model.encoder.video_size
         args = dict(num_frames=frames, input_size=side, sampling_rate=about.get("stride"))
         args["data_set"] = "SSV2" if about.get("sampling") == "uniform" else None
         args["normlize_target"] = about.get("normalize")  # spelled so there
-        save_checkpoint(out, model=to_official(model), args=args)
+        save_checkpoint(out, model=state, args=args)
         if "eps" in model.config:
             print(f"LayerNorm eps is 1e-06 there, not {model.config['eps']}")
     else:
-        to_official(model)  # before anything is changed, it refuses what others do not have
         change_last_eps(model)
         for part in to_hugging_face(model, about):
             part.save_pretrained(out)

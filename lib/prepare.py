@@ -5,7 +5,6 @@ says how to call them.
 """
 
 import argparse
-import fcntl
 import math
 import os
 import shlex
@@ -238,11 +237,7 @@ def prepare(
             raise ValueError(f"--out {out} holds {other}: name an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)
     size.write_text(str(short_side))
-    lock = open(size, "r+")  # to the end of this function; processes that start do not inherit it
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"another process writes to {out}") from error
+    lock = engine.lock(size, f"another process writes to {out}")
     # Of a folder, all is known. A video that was moved would be there twice, in two classes.
     gone = {*video_files(out)[0]} - {out / name for name in names} if whole else ()
     if gone:
@@ -253,6 +248,7 @@ def prepare(
     jobs = [job for job in jobs if time(job[1]) != time(job[0])]
     print(f"{len(paths)} videos, {len(paths) - len(jobs)} of them are prepared already", flush=True)
     _, broken = _for_all(rewrite, jobs, workers)
+    lock.close()
     # Those that are broken are not in `out`.
     _next(dataset, train, broken, data=out, splits=splits, missing="skip" if broken else None)
     return int(bool(broken))

@@ -3,7 +3,6 @@
 A stage hands its data, model and optimizer to Run and writes the loop itself, see pretrain.py.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -93,7 +92,9 @@ class Run:
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
         self.config = json.loads(json.dumps(config))  # lists instead of tuples, as after loading
         if engine.rank() == 0:
-            self._lock()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            busy = f"another process trains in {self.folder}"
+            self.lock = engine.lock(self.folder / "lock", busy)
         self.start = self.step = self._resume()
         how = (cfg.batch, self.micro, self.start, self.total, cfg.seed)
         self.order = engine.Order(len(videos), *how)
@@ -117,16 +118,6 @@ class Run:
             f"{self.micro} videos, {cfg.repeats} clips of each; "
             f"{millions:.1f} M parameters; {self.dtype} on {device}"
         )
-
-    def _lock(self) -> None:
-        """ValueError while another run trains in this folder. The lock ends with the process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        try:
-            # Of the kind that loader workers do not inherit: they may outlive a killed process.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process trains in {self.folder}") from error
 
     @staticmethod
     def say(text: str) -> None:
