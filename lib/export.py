@@ -74,7 +74,11 @@ def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
     for name in [name for name in ours if name.endswith("qkv.weight")]:
         for part, rows in zip(("query", "key", "value"), ours[name].chunk(3), strict=True):
             ours[name.replace("qkv", part)] = rows
-    theirs.load_state_dict({name: ours[rename(name, "videomae.")] for name in theirs.state_dict()})
+    wanted = {name: rename(name, "videomae.") for name in theirs.state_dict()}
+    for name in wanted.values():
+        if name.endswith("key.bias"):  # only older versions have it; it changes nothing
+            ours[name] = torch.zeros(s["dim"] if name.startswith("encoder") else s["decoder_dim"])
+    theirs.load_state_dict({name: ours[wanted[name]] for name in wanted})
     crop = dict(size=dict(shortest_edge=height), crop_size=dict(height=height, width=height))
     colours = dict(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     return theirs, transformers.VideoMAEImageProcessor(**crop, **colours)

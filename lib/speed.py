@@ -5,52 +5,32 @@ save_memory  recomputes activations instead of keeping them, from outside of the
 """
 
 import os
+import warnings
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
-ATTENTION = [
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
 
 
 def save_memory(model: nn.Module, how: str) -> None:
     """Choose which activations the blocks of a model keep for the backward pass.
 
     fast   all of them
-    less   queries, keys, values and attention's results; all else is computed again
-    least  the input of each block; everything else is computed again
+    less   not those within the MLP: its first layer and GELU are computed again
+    least  the input of each block alone; everything else is computed again
 
     A compiled model needs neither: the compiler chooses by itself.
     """
     if how == "fast":
         return
-    save = partial(checkpoint, use_reentrant=False)
-    if how == "less":
-        save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, keep))
     for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in stack:
+            part = block.mlp if how == "less" else block
             # As an attribute of the object, it hides the method of its class.
-            block.forward = partial(save, block.forward)
-
-
-def keep(context, operation, *inputs, **options) -> CheckpointPolicy:
-    """Whether `less` keeps the result of an operation in the forward pass of a block."""
-    kept = operation in ATTENTION
-    if operation in (aten.mm.default, aten.addmm.default):
-        rows, columns = inputs[-1].shape  # of the weight, transposed
-        kept = columns == 3 * rows  # it makes queries, keys and values
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -105,6 +85,7 @@ def use_faster_attention() -> None:
         return theirs_backward.call_boxed(keys, grad, q, k, v, out, statistic, *rest, **options)
 
     how = dict(dispatch_key="CPU", with_keyset=True, allow_override=True)
+    warnings.filterwarnings("ignore", "Warning only once for all operators")  # of torch < 2.12
     LIBRARY.impl(KERNEL, attend, **how)
     LIBRARY.impl(f"{KERNEL}_backward", attend_backward, **how)
 

@@ -194,7 +194,9 @@ def hugging_face(model: VideoMAE | Classifier) -> nn.Module:
     else:
         theirs = transformers.VideoMAEForVideoClassification(config)
         theirs.fc_norm.eps = 1e-6
-    theirs.load_state_dict(hugging_face_names(model), strict=True)
+    # Some of its versions have biases of the keys, which change nothing.
+    zeros = {name: 0 * p for name, p in theirs.state_dict().items() if name.endswith("key.bias")}
+    theirs.load_state_dict(zeros | hugging_face_names(model), strict=True)
     return theirs.train()
 
 
@@ -204,27 +206,33 @@ def hugging_face(model: VideoMAE | Classifier) -> nn.Module:
 def build(work: Work, who: str, clips: int | None = None):
     """(net, forward) of a contender on work.device; forward() -> (loss, predictions).
 
-    Weights, clips, masks and labels depend on the work alone. Everything is float32 unless autocast
-    is on around forward. `clips` replaces the batch of the work. The attention kernel of
-    lib/speed.py is not installed here: see settle.
+    Clips, masks and labels depend on the work alone, weights on the device, too. Everything is
+    float32 unless autocast is on around forward. `clips` replaces the batch of the work. The
+    attention kernel of lib/speed.py is not installed here: see settle.
     """
     torch.manual_seed(0)
     device, clips = torch.device(work.device), clips or work.batch
     size, pretrain = (work.frames, work.resolution, work.resolution), work.task == "step"
-    if pretrain:
-        model = VideoMAE(work.size, size, decoder_depth=work.decoder_depth)
-    else:
-        model = Classifier(work.size, CLASSES, size, init_scale=1.0)  # logits that say something
+    with device:  # drawing the weights of a large model on a CPU takes seconds
+        if pretrain:
+            model = VideoMAE(work.size, size, decoder_depth=work.decoder_depth)
+        else:  # logits that say something
+            model = Classifier(work.size, CLASSES, size, init_scale=1.0)
+        grid = model.encoder.grid
+        if who == "hf":
+            model = hugging_face(model)
+        elif who == "plain":
+            model = Plain(model)
+    torch.manual_seed(0)
     video = torch.randint(0, 256, (clips, size[0], 3, *size[1:]), dtype=torch.uint8)
-    masks = [MASKS["tube"](video, model.encoder.grid, work.ratio).to(device)] if pretrain else []
+    masks = [MASKS["tube"](video, grid, work.ratio).to(device)] if pretrain else []
     labels = torch.randint(CLASSES, (clips,)).to(device)
+    video = video.to(device)
     if who in MEMORY:
         video = video if pretrain else video / 255
     else:
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
         video = (video / 255 - mean[:, None, None]) / std[:, None, None]
-        model = hugging_face(model) if who == "hf" else Plain(model)
-    model, video = model.to(device), video.to(device)
 
     def forward() -> tuple[Tensor, Tensor]:
         out = model(video, *masks)
@@ -266,7 +274,7 @@ def train_step(work: Work, forward, optimizer) -> Tensor:
 
 @functools.cache
 def count_flops(work: Work) -> tuple[int, int]:
-    """(FLOPs of a clip, parameters), counted in our model's forward and backward on the CPU.
+    """(FLOPs of a clip, parameters), counted in our model's forward and backward.
 
     Counted are matrix products, 2 FLOPs per multiply-add: linear layers and attention (as plain
     products, so that none is hidden in a kernel and none is computed twice). Not counted: norms,
@@ -280,7 +288,7 @@ def count_flops(work: Work) -> tuple[int, int]:
 
 def flops(work: Work) -> tuple[int, int]:
     """count_flops, of what matters to it alone."""
-    same = dict(precision="fp32", mode="eager", batch=1, threads=1, device="cpu")
+    same = dict(precision="fp32", mode="eager", batch=1, threads=1)
     return count_flops(replace(work, **same))
 
 

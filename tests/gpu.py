@@ -304,33 +304,42 @@ def loader_rate(batches, clips: int, first: int) -> float:
 def fed(bench: Bench, decode: bool):
     """Clips per second of the loader beside those of a step of the ucf101 recipe."""
     cores, batch = (2, 2) if bench.tiny else (os.cpu_count(), 8)
-    batches = cores * (2 if bench.tiny else 8)
+    paths = []
     if decode:
         from bench_loader import dataset, write_files
 
         from data import make_loader
 
         paths = write_files(".", "XviD 320x240", [None] * (1 if bench.tiny else 4))
-        keys = [[(i % len(paths), i * batch + k) for k in range(batch)] for i in range(batches)]
-        loader = make_loader(dataset(paths), keys, cores, pin=bench.cuda)
-    else:
-        items, pin = RawFrames(batch * batches), bench.cuda
-        loader = torch.utils.data.DataLoader(items, batch, num_workers=cores, pin_memory=pin)
-    rate = loader_rate(loader, batch, cores)
+
+    def rate(workers: int) -> float:
+        """Clips per second of `workers` processes."""
+        number = workers * (2 if bench.tiny else 8)  # of batches
+        if decode:
+            keys = [[(i % len(paths), i * batch + k) for k in range(batch)] for i in range(number)]
+            loader = make_loader(dataset(paths), keys, workers, pin=bench.cuda)
+        else:
+            items, pin = RawFrames(batch * number), bench.cuda
+            loader = torch.utils.data.DataLoader(items, batch, num_workers=workers, pin_memory=pin)
+        return loader_rate(loader, batch, workers)
+
+    one, all_cores = rate(1), rate(cores)
     work = bench.work(ratio=0.75)
     if work not in bench.rates:
         bench.rates[work] = 1e3 * work.batch / race(work, ("ours",))[0]["ms"]
     step = bench.rates[work]
     what = "decoded and cropped" if decode else "cropped, not decoded: PyAV is missing"
-    text = f"{rate:.0f} clips/s {what} by {cores} cores; a step takes {step:.0f} clips/s. "
-    need = step / (rate / cores)
-    if rate > step:
+    text = f"{one:.0f} clips/s {what} by 1 worker, {all_cores:.0f} by {cores} on {cores} cores; "
+    text += f"a step takes {step:.0f} clips/s. "
+    need = step / (all_cores / cores)
+    if all_cores > step:
         text += f"The GPU is the bottleneck; {need:.0f} cores suffice"
     else:
         text += (
             f"Data is the bottleneck: {need:.0f} cores are needed, or --repeats {need / cores:.0f}"
         )
-    return True, text, dict(clips_per_s=rate, step_clips_per_s=step, cores=cores, need=need)
+    found = dict(one_worker=one, clips_per_s=all_cores, step_clips_per_s=step, cores=cores)
+    return True, text, dict(found, need=need)
 
 
 # ------------------------------------------------------------------------------------------ learn
@@ -345,13 +354,14 @@ def learn(bench: Bench):
     short = ["--epochs", "1", "--warmup", "0"] if bench.tiny else []
     device, seconds = ["--device", bench.device], {}
     few = ["--shots", "2"] if bench.tiny else []
+    workers = ["--workers", "4"] if bench.cuda else []
     stages = {
         "pretrain": ["--name", "pre"],
         "finetune": ["--name", "fine", "--init", "runs/pre/checkpoint.pt", *few],
     }
     for stage, flags in stages.items():
         begin = time.time()
-        command = [sys.executable, str(HERE / f"{stage}.py"), *flags, *device, *short]
+        command = [sys.executable, str(HERE / f"{stage}.py"), *flags, *device, *workers, *short]
         left = None if bench.tiny else max(bench.end - begin, 1)
         done = subprocess.run(command, capture_output=True, text=True, timeout=left)
         if done.returncode:

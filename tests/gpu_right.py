@@ -150,8 +150,11 @@ class Right:
         """Loss and gradients of a step, on the CPU and here."""
         size, frames, resolution = sizes(self.bench)
         work, found = Work(size=size, frames=frames, resolution=resolution, batch=2), []
+        first = None
         for device in ("cpu", self.device):
             model, forward = build(replace(work, device=device), "ours")
+            first = first or model
+            model.load_state_dict(first.state_dict())  # devices draw other weights
             loss = forward()[0]
             loss.backward()
             grads = torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()])

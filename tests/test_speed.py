@@ -124,10 +124,11 @@ def test_memory_policies_repeat_random_numbers_and_keep_less():
         grads.append(classifier.encoder.blocks[0].mlp.fc1.weight.grad.clone())
     torch.testing.assert_close(grads[0], grads[1])
     torch.testing.assert_close(grads[0], grads[2])
-    for how in ("fast", "least"):
+    for how in ("fast", "less", "least"):
         model = VideoMAE(**SMALL)
         speed.save_memory(model, how)
         bytes_kept[how] = kept(model, clip(), tube())
+    assert bytes_kept["less"] < 0.6 * bytes_kept["fast"]
     assert bytes_kept["least"] < 0.3 * bytes_kept["fast"]
 
 
@@ -156,7 +157,8 @@ def test_less_computes_the_mlp_again_but_not_attention():
     for width, depth in ((dim, 4), (decoder_dim, 2)):
         assert more[aten.addmm.default, (width, 4 * width)] == depth  # fc1
         assert (aten.addmm.default, (width, 3 * width)) not in more  # qkv
-    assert not {op for op, _ in more} & set(speed.ATTENTION)
+        assert (aten.addmm.default, (4 * width, width)) not in more  # fc2
+    assert not any("attention" in str(op) for op, _ in more)
 
 
 def one_block(model):
