@@ -53,7 +53,7 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, N, 3D)
         per_head = "b n (heads e) -> b heads n e"
-        q, k, v = (rearrange(x, per_head, heads=self.heads) for x in qkv.chunk(3, dim=2))
+        q, k, v = (rearrange(part, per_head, heads=self.heads) for part in qkv.chunk(3, dim=2))
         x = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(e)) v, e = D / heads
         return self.proj(rearrange(x, "b heads n e -> b n (heads e)"))
 

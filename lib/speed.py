@@ -19,7 +19,7 @@ def save_memory(model: nn.Module, how: str) -> None:
     """Choose which activations the blocks of a model keep for the backward pass.
 
     fast   all of them
-    less   not those within the MLP: its first layer and GELU are computed again
+    less   all but those inside the MLPs: first layer and GELU are computed again
     least  the input of each block alone; everything else is computed again
 
     A compiled model needs neither: the compiler chooses by itself.
@@ -29,8 +29,10 @@ def save_memory(model: nn.Module, how: str) -> None:
     for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in stack:
             part = block.mlp if how == "less" else block
+            # DropPath must drop the same clips again. An MLP draws no random numbers.
+            again = dict(use_reentrant=False, preserve_rng_state=how == "least")
             # As an attribute of the object, it hides the method of its class.
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+            part.forward = partial(checkpoint, part.forward, **again)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

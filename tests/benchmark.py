@@ -304,7 +304,7 @@ VIDEOS = {"ucf101": 9537, "hmdb51": 3570, "ssv2": 168_913, "k400": 240_000}
 VIDEOS |= {"ucf101-short": 9537, "hmdb51-short": 3570}
 LIKE = {"ssv2": "VP9", "k400": "H.264"}  # files in `loader` that are as theirs; the others: XviD
 GPUS = {"A100": 312e12, "H100": 989e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s of the data sheets
-ASSUMED = (0.2, 0.35)  # of the dense bf16 peak; an H100 reached 0.14 to 0.22 (docs/speed.md)
+ASSUMED = (0.2, 0.35)  # utilisation; an H100 reached 0.22 with base and 256 clips (docs/speed.md)
 REPORTED = {"ucf101": (30, 8), "k400": (27, 64)}  # hours and GPUs that the authors report
 
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+# Runs are bit for bit alike on CPUs alone. gpu.py is for GPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)  # on tensors as small as these, threads mostly wait for each other
 

@@ -206,8 +206,8 @@ def hugging_face(model: VideoMAE | Classifier) -> nn.Module:
 def build(work: Work, who: str, clips: int | None = None):
     """(net, forward) of a contender on work.device; forward() -> (loss, predictions).
 
-    Clips, masks and labels depend on the work alone, weights on the device, too. Everything is
-    float32 unless autocast is on around forward. `clips` replaces the batch of the work. The
+    Clips, masks and labels depend on the work alone. Weights depend on the device, too. Everything
+    is float32 unless autocast is on around forward. `clips` replaces the batch of the work. The
     attention kernel of lib/speed.py is not installed here: see settle.
     """
     torch.manual_seed(0)

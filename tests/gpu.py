@@ -244,19 +244,19 @@ def profile(bench: Bench):
 
 def fast(bench: Bench) -> None:
     """Rows of `fast`, the important ones first. Compiling comes last: it takes minutes."""
-    three = ("ours", "ours-less", "hf")
+    four = ("ours", "ours-less", "ours-least", "hf")
     sizes = ["base", "small", "large"][: 1 if bench.tiny else 3]
     for size in sizes:
         for share in (0.9, 0.75):
             work = bench.work(size=size, ratio=share)
             name = f"step, {size}, {share:.0%} masked, eager"
-            bench.row("fast", name, lambda work=work: compete(bench, work, three), 20)
+            bench.row("fast", name, lambda work=work: compete(bench, work, four), 20)
     tune = bench.work(task="finetune", batch=16)
     both = ("ours", "hf")
     bench.row("fast", "fine-tuning, base, eager", lambda: compete(bench, tune, both), 20)
     bench.row("fast", "profile, base", lambda: profile(bench))
     most = 2 if bench.tiny else 512
-    for who in three:
+    for who in four:
         call = functools.partial(largest_batch, bench, who, most)
         bench.row("fast", f"largest batch, base, {who}", call, 20)
 
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--minutes", type=float, default=8, help="no row begins after them")
-    parser.add_argument("--out", type=Path, default=HERE / "tests" / "reference")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--tiny", action="store_true", help="small sizes; always on a CPU")
     args = parser.parse_args(argv)

@@ -380,9 +380,8 @@ def test_devices_and_precision(monkeypatch):
     assert engine.precision_dtype("bf16", cpu) == torch.bfloat16
     assert engine.precision_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
     assert engine.setup("cpu") == cpu and engine.rank() == 0 and engine.processes() == 1
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="--device cpu"):
-            engine.setup("cuda")
+    with pytest.raises(ValueError, match="--device cpu"):
+        engine.setup("cuda")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(ValueError, match="--device mps, but .* use --device cpu"):
         engine.setup("mps")
