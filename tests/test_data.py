@@ -490,8 +490,10 @@ def test_a_worker_that_dies_or_hangs_is_one_clear_line(monkeypatch, how):
     with pytest.raises(ValueError, match="worker died or hangs.*check.*with --resume$") as caught:
         got.extend(batches)
     assert "\n" not in str(caught.value) and len(got) <= 13
+    while multiprocessing.active_children():  # torch may not wait for what it has killed
+        assert time.monotonic() - begin < 15
+        time.sleep(0.1)
     assert got == list(range(len(got))) and time.monotonic() - begin < 15
-    assert not multiprocessing.active_children()
 
 
 def test_signals_that_stop_a_run_leave_workers_alone():
