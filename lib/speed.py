@@ -87,7 +87,7 @@ def use_faster_attention() -> None:
         return theirs_backward.call_boxed(keys, grad, q, k, v, out, statistic, *rest, **options)
 
     how = dict(dispatch_key="CPU", with_keyset=True, allow_override=True)
-    warnings.filterwarnings("ignore", "Warning only once for all operators")  # of torch < 2.12
+    warnings.filterwarnings("ignore", "Warning only once for all operators")  # by torch 2.11
     LIBRARY.impl(KERNEL, attend, **how)
     LIBRARY.impl(f"{KERNEL}_backward", attend_backward, **how)
 
