@@ -26,13 +26,13 @@ def save_memory(model: nn.Module, how: str) -> None:
     """
     if how == "fast":
         return
+    # DropPath must drop the same clips again. An MLP draws no random numbers.
+    save = partial(checkpoint, use_reentrant=False, preserve_rng_state=how == "least")
     for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in stack:
             part = block.mlp if how == "less" else block
-            # DropPath must drop the same clips again. An MLP draws no random numbers.
-            again = dict(use_reentrant=False, preserve_rng_state=how == "least")
             # As an attribute of the object, it hides the method of its class.
-            part.forward = partial(checkpoint, part.forward, **again)
+            part.forward = partial(save, part.forward)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

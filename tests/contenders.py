@@ -223,7 +223,7 @@ def build(work: Work, who: str, clips: int | None = None):
             model = hugging_face(model)
         elif who == "plain":
             model = Plain(model)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # on a GPU, drawing weights took no number from the CPU's generator
     video = torch.randint(0, 256, (clips, size[0], 3, *size[1:]), dtype=torch.uint8)
     masks = [MASKS["tube"](video, grid, work.ratio).to(device)] if pretrain else []
     labels = torch.randint(CLASSES, (clips,)).to(device)
