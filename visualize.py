@@ -223,7 +223,7 @@ def read_predictions(path: str | Path) -> list[dict]:
 
     path, label, prediction: text; correct: bool; top5: list of names; probabilities: of floats.
     """
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     if not rows or any(row.get(column) is None for row in rows for column in PREDICTIONS):
         raise ValueError(f"{path} must hold the columns {', '.join(PREDICTIONS)} and some videos")

@@ -298,7 +298,8 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
         classes = fit_classes(named, classes, cfg.init).classes
     paths, wrong = find_videos(cfg.predict, cfg.data)
     windows = [window for path in paths for window in cut(path, cfg.every)]
-    found, errors = each_video(model, WindowViews(windows, cfg), cfg, device)
+    kept = table.with_suffix(".pt")  # after Ctrl-C, the same command goes on
+    found, errors = each_video(model, WindowViews(windows, cfg), cfg, device, kept)
     if engine.rank() > 0:
         return
     rows = [["path", "start", "prediction", "probability", "top5", "probabilities"]]
@@ -308,6 +309,8 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
         lines = [f"{float(v):7.1%}  {name}" for v, name in zip(values, names, strict=True)]
         print(shown(path) + f" from second {start:g}" * bool(cfg.every), *lines, sep="\n  ")
     write_csv(table, rows)
+    for file in kept_files(kept):
+        file.unlink()
     print(f"wrote {table}: {len(found)} predictions")
     name_wrong([*wrong, *errors.values()])
 

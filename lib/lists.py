@@ -68,8 +68,7 @@ def read_split(
             how = ": `data.py check` lists them all"
             how += ", --missing skip leaves them out" * (missing == "error")
             raise ValueError(line + why_missing(absent[0], Path(data).expanduser(), how))
-        out = set(absent)
-        found = choose(found, [i for i, path in enumerate(found.paths) if path not in out])
+        found = leave_out(found, {*absent})
         found.notes.append(f"{line}: they are left out")
     for note in found.notes if engine.rank() == 0 else ():
         print(f"note: {note}")
@@ -80,6 +79,11 @@ def choose(split: Split, videos: list[int]) -> Split:
     """The split with some of its videos only."""
     paths, labels = [split.paths[i] for i in videos], [split.labels[i] for i in videos]
     return replace(split, paths=paths, labels=labels)
+
+
+def leave_out(split: Split, paths) -> Split:
+    """The split without the videos at some paths (a set or dict)."""
+    return choose(split, [i for i, path in enumerate(split.paths) if path not in paths])
 
 
 def missing_videos(split: Split) -> list[Path]:

@@ -39,45 +39,31 @@ def training_videos(
 # ------------------------------------------------------------------------------ check a data set
 
 
-def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Split, Split]:
-    """The training and the test part of a data set whose videos are all there.
+def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Split, Split, int]:
+    """(training part, test part, how many listed videos are missing). The parts are without those.
 
-    Raises ValueError where folders, lists or videos are missing or wrong.
+    Names the missing ones. ValueError where folders or lists are wrong, or no video is there.
     """
     train, test = (listed(data, splits, fold, part) for part in (True, False))
     if dataset not in ("own", train.kind):
         name = f"name the folder of those of {dataset} with --splits"
         raise ValueError(f"{splits or data} has other lists, or none: {name}")
-    paths = dict.fromkeys(train.paths + test.paths)
-    missing = dict.fromkeys(path for path in paths if not os.path.isfile(path))
-    if missing:
-        first = next(iter(missing))
-        unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
-        error = f"{len(missing)} of {len(paths)} listed videos are missing, the first is "
-        error += brief(first) + lists.why_missing(first, data, unpack)
-        if len(missing) < len(paths):
-            error += _write_lists(Path("runs", f"check-{dataset}"), data, missing, train, test)
-        raise ValueError(error)
-    return train, test
-
-
-def _write_lists(folder: Path, data: Path, missing: dict[Path], train: Split, test: Split) -> str:
-    """Write the missing paths and lists named by the flags that take them; says in a line where."""
-    # A list has no test part.
-    parts = {"splits": train} if train == test else {"splits": train, "test-splits": test}
-    files = {"missing": missing}
-    for flag, part in parts.items():
-        videos = zip(part.paths, part.labels, strict=True)
-        there = [(path, label) for path, label in videos if path not in missing]
-        files[flag] = [f"{os.path.relpath(path, data)} {label}" for path, label in there]
-    if train.classes and train.kind != "list":
-        files["classes"] = train.classes
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in files.items():
-        text = "".join(f"{line}\n" for line in lines)
-        (folder / f"{name}.txt").write_text(text, "utf-8", "surrogateescape")
-    flags = " ".join(f"--{name} {folder / name}.txt" for name in files if name != "missing")
-    return f" (all are in {folder / 'missing.txt'}; those that are there: {flags})"
+    videos = {*train.paths, *test.paths}
+    missing = dict.fromkeys([*lists.missing_videos(train), *lists.missing_videos(test)])
+    if not missing:
+        return train, test, 0
+    first = next(iter(missing))
+    unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
+    line = f"{len(missing)} of {len(videos)} listed videos are missing, the first is "
+    line += brief(first) + lists.why_missing(first, data, unpack)
+    if len(missing) == len(videos):
+        raise ValueError(line)
+    names = Path("runs", f"check-{dataset}", "missing.txt")
+    names.parent.mkdir(parents=True, exist_ok=True)
+    engine.write_whole(names, "".join(f"{path}\n" for path in missing))
+    print(f"error: {line} (all are in {names})", file=sys.stderr)
+    train, test = (lists.leave_out(part, missing) for part in (train, test))
+    return train, test, len(missing)
 
 
 def _probe(job: tuple[Path], alive) -> Probe:
@@ -123,10 +109,11 @@ def _next(dataset: str, train: Split, broken: dict[Path, str], **flags) -> None:
 def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) -> int:
     """Decode every video of both parts of a data set; print what is there and what is broken.
 
-    `dataset`: "ucf101", "hmdb51" or "own". Returns 0, or 1 where files are broken. Raises as _read.
+    `dataset`: "ucf101", "hmdb51" or "own". Returns 0, 1 where files are broken, 2 where some are
+    missing. Raises as _read.
     """
     data = Path(data).expanduser()
-    train, test = _read(dataset, data, splits, fold)
+    train, test, missing = _read(dataset, data, splits, fold)
     for note in dict.fromkeys(train.notes + test.notes):
         print(f"note: {note}")
     test_part = "no test part" if test == train else f"{len(test.paths)} test videos"
@@ -145,8 +132,10 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
         if slow := sum(not file.timed and file.frames > LONG for file in good):
             long = f"{slow} of over {LONG} frames are decoded from their start for each clip"
             print(f"{long}: `python data.py prepare` makes files that need not be")
-    _next(dataset, train, broken, data=data, splits=splits, fold=fold if fold > 1 else None)
-    return int(bool(broken))
+    skip = "skip" if missing else None
+    fold = fold if fold > 1 else None
+    _next(dataset, train, broken, data=data, splits=splits, fold=fold, missing=skip)
+    return 2 if missing else int(bool(broken))
 
 
 # ---------------------------------------------------------------------------- prepare a data set
@@ -218,7 +207,7 @@ def prepare(
         raise ValueError(f"--out {out} and --data {data}: neither must lie in the other")
     if short_side is not None and short_side < 2:
         raise ValueError(f"--short-side {short_side} must be at least 2")
-    train, _ = _read(dataset, data, splits, fold=1)
+    train, _, missing = _read(dataset, data, splits, fold=1)
     if train.kind in LISTS:
         splits = splits or data / LISTS[train.kind]
     whole = train.kind in ("", *LISTS)
@@ -250,8 +239,9 @@ def prepare(
     _, broken = _for_all(rewrite, jobs, workers)
     lock.close()
     # Those that are broken are not in `out`.
-    _next(dataset, train, broken, data=out, splits=splits, missing="skip" if broken else None)
-    return int(bool(broken))
+    skip = "skip" if broken or missing else None
+    _next(dataset, train, broken, data=out, splits=splits, missing=skip)
+    return 2 if missing else int(bool(broken))
 
 
 def main(argv: list[str]) -> None:

@@ -64,7 +64,8 @@ def fit_to_set(preset: str, cfg, videos: int):
     batch = max(min(cfg.batch, videos) // share, 1) * share
     epochs = cfg.epochs or math.ceil(cfg.steps / (videos // batch))
     warmup = epochs / 10 if cfg.warmup is None else cfg.warmup
-    return replace(cfg, batch=batch, micro=micro, epochs=epochs, warmup=warmup)
+    cfg = replace(cfg, micro=micro) if micro else cfg  # contrast.py has no such flag
+    return replace(cfg, batch=batch, epochs=epochs, warmup=warmup)
 
 
 class Run:

@@ -40,7 +40,6 @@ from contenders import (
     CONTENDERS,
     HERE,
     MEMORY,
-    SIZES,
     Work,
     adamw,
     build,
@@ -53,6 +52,7 @@ from contenders import (
 )
 
 from lib import speed
+from model import SIZES
 
 # --------------------------------------------------------------------------------- one contender
 

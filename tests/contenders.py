@@ -14,7 +14,6 @@ normalised floats. Normalising is not timed, which favours them.
 """
 
 import functools
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -31,12 +30,11 @@ HERE = Path(__file__).resolve().parents[1]
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from lib import speed  # noqa: E402
+from lib import export, speed  # noqa: E402
 from masking import MASKS  # noqa: E402
 from model import (  # noqa: E402
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SIZES,
     Attention,
     Classifier,
     VideoMAE,
@@ -132,71 +130,14 @@ class Plain(nn.Module):
 
 # ----------------------------------------------------------------------------------- Hugging Face
 
-HUGGING_FACE = {  # patterns in our names -> names of Hugging Face's modules, in this order
-    r"^encoder\.patch_embed": "videomae.embeddings.patch_embeddings.projection",
-    r"^encoder\.blocks": "videomae.encoder.layer",
-    r"^encoder\.norm": "videomae.layernorm",
-    "decoder.blocks": "decoder.decoder_layers",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-    "attn.proj": "attention.output.dense",
-    r"attn\.": "attention.attention.",
-    "q_bias": "query.bias",
-    "v_bias": "value.bias",
-    r"^head\.": "classifier.",
-}
-
-
-def hugging_face_names(model: VideoMAE | Classifier) -> dict[str, Tensor]:
-    """Our weights under the names of Hugging Face's modules."""
-    ours, state = model.state_dict(), {}
-    ours["encoder.patch_embed.weight"] = kernel(model)
-    for name, value in ours.items():
-        if name.endswith("pos_embed"):
-            continue  # Hugging Face computes them
-        for pattern, new in HUGGING_FACE.items():
-            name = re.sub(pattern, new, name)
-        parts = [("", value)]
-        if "qkv" in name:
-            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
-        state |= {name.replace("qkv", part): rows for part, rows in parts}
-    return state
-
 
 def hugging_face(model: VideoMAE | Classifier) -> nn.Module:
     """VideoMAEForPreTraining or VideoMAEForVideoClassification with the weights of our model."""
-    import transformers
-
-    c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
-    config = transformers.VideoMAEConfig(
-        image_size=c["video_size"][1],
-        patch_size=c["cube"][1],
-        num_frames=c["video_size"][0],
-        tubelet_size=c["cube"][0],
-        hidden_size=s["dim"],
-        num_hidden_layers=s["depth"],
-        num_attention_heads=s["heads"],
-        intermediate_size=4 * s["dim"],
-        decoder_hidden_size=s["decoder_dim"],
-        decoder_num_hidden_layers=c.get("decoder_depth") or s["decoder_depth"],
-        decoder_num_attention_heads=s["decoder_heads"],
-        decoder_intermediate_size=4 * s["decoder_dim"],
-        layer_norm_eps=1e-6,
-        num_labels=c.get("classes", 2),
-        use_mean_pooling=not pretrain,
-        attn_implementation="sdpa",
-    )
-    if pretrain:
-        theirs = transformers.VideoMAEForPreTraining(config)
-        theirs.decoder.norm.eps = 1e-6  # fixed at 1e-5 there
-    else:
-        theirs = transformers.VideoMAEForVideoClassification(config)
-        theirs.fc_norm.eps = 1e-6
-    # Some of its versions have biases of the keys, which change nothing.
-    zeros = {name: 0 * p for name, p in theirs.state_dict().items() if name.endswith("key.bias")}
-    theirs.load_state_dict(zeros | hugging_face_names(model), strict=True)
+    classes = range(model.config.get("classes", 0))
+    theirs, _ = export.to_hugging_face(model, dict(classes=[f"class {i}" for i in classes]))
+    last = theirs.fc_norm if classes else theirs.decoder.norm
+    last.eps = 1e-6  # fixed at 1e-5 there
+    theirs.set_attn_implementation("sdpa")
     return theirs.train()
 
 

@@ -9,10 +9,11 @@ import contenders
 import numpy as np
 import pytest
 import torch
-from contenders import SIZES, Work
+from contenders import Work
 
 from lib import speed
 from lib.video import read_frames
+from model import SIZES
 
 
 def closed_formula(work: Work) -> int:

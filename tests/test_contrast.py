@@ -306,7 +306,7 @@ def test_presets_hold_the_published_recipes():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("toy --micro 2", "--micro 2 would tell each clip from fewer others"),
+        ("toy --micro 2", "unrecognized arguments: --micro 2"),
         ("toy --batch 1", "--batch 1 must be at least 2"),
         ("own --splits one.txt", "needs two or more"),
         ("toy --batch 500", "--batch 500 is larger than the 8 videos"),

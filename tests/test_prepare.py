@@ -295,10 +295,11 @@ UCF_MISTAKES = {  # what to break, what the line says
 
 
 def expect(result, folder, words):
-    """Check exit code 2, nothing on standard output, and the only line."""
+    """Check exit code 2 and the only line; on standard output, there is what the others are."""
     code, out, err = result
     words = words.replace("DIR", re.escape(str(folder)))
-    assert code == 2 and out == "" and re.match(f"error: .*{words}", err[0]) and len(err) == 1, err
+    assert code == 2 and re.match(f"error: .*{words}", err[0]) and len(err) == 1, err
+    assert (" are missing" in err[0]) == ("videos decoded" in out) == bool(out)
 
 
 @pytest.mark.parametrize("mistake", UCF_MISTAKES)
@@ -318,24 +319,26 @@ def test_other_lists_are_refused(hmdb, run):
     expect(run("check", "hmdb51", *words, "--fold", 3), hmdb, r"no files \*_test_split3.txt")
 
 
-def test_lists_of_what_is_there_are_written(ucf, run, monkeypatch):
+def test_the_others_are_decoded_where_some_videos_are_missing(ucf, run, monkeypatch):
     monkeypatch.chdir(ucf)
-    data, folder = ucf / "UCF-101", ucf / "runs" / "check-ucf101"
+    data, lists = ucf / "UCF-101", ucf / "ucfTrainTestlist"
     lost = [data / "Bowling" / f"v_Bowling_g0{i}_c01.avi" for i in (1, 2)]
     for path in lost:
         path.unlink()
-    code, _, err = run("check", "ucf101", "--data", data, "--splits", ucf / "ucfTrainTestlist")
-    assert code == 2 and set((folder / "missing.txt").read_text().split()) == set(map(str, lost))
-    flags = re.search(r"those that are there: (.*)\)", err[0])[1].split()
-    names = {flag: str(folder.relative_to(ucf) / f"{flag[2:]}.txt") for flag in flags[::2]}
-    assert dict(zip(flags[::2], flags[1::2], strict=True)) == names
-    assert list(names) == ["--splits", "--test-splits", "--classes"]
-    for name, count, labels in (("splits", 5, {0, 1}), ("test-splits", 1, {0})):
-        found = read_split(data, folder / f"{name}.txt", classes_file=folder / "classes.txt")
-        assert len(found.paths) == count and set(found.labels) == labels
-        assert found.classes == ["Archery", "Bowling"]
-    code, _, err = run("check", "own", "--data", data, "--splits", folder / "splits.txt")
-    assert code == 0 and err == []
+    code, out, err = run("check", "ucf101", "--data", data, "--splits", lists)
+    names = "runs/check-ucf101/missing.txt"
+    assert code == 2 and {*open(names).read().split()} == {*map(str, lost)}
+    assert len(err) == 1 and f"2 of 8 listed videos are missing, the first is {lost[1]}" in err[0]
+    assert f"(all are in {names})" in err[0] and "6 videos decoded, 0 broken" in out
+    words = shlex.split(out.splitlines()[-1].removeprefix("next: "))
+    assert words[-2:] == ["--missing", "skip"]
+    assert len(read_split(data, lists, missing="skip").paths) == 5
+    out_folder = ucf / "fast"
+    code, out, err = run(
+        "prepare", "ucf101", "--data", data, "--splits", lists, "--out", out_folder
+    )
+    assert code == 2 and "2 of 8" in err[0] and "--missing skip" in out.splitlines()[-1]
+    assert len(read_split(out_folder, lists, missing="skip").paths) == 5
 
 
 # prepare

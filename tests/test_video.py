@@ -105,6 +105,17 @@ def test_the_frames_asked_for_are_the_frames_delivered(tmp_path, name):
     assert len(list(played(path, found))) == frames == found.frames and not found.problem
 
 
+@pytest.mark.parametrize(
+    "name, codec", [("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.flv", "flv")]
+)
+def test_a_file_that_was_cut_short_is_broken(tmp_path, name, codec):
+    path = write(tmp_path / name, codec, g=12, bf=0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    found = Probe()
+    list(played(path, found))
+    assert 20 < found.frames < 50 and "of 60 frames are there: the file is cut" in found.problem
+
+
 @pytest.mark.parametrize("name", ["b-frames.mp4", "open-groups.mkv", "mpeg4.mp4", "vp9.webm"])
 def test_what_no_wanted_frame_needs_is_not_decoded(tmp_path, monkeypatch, name):
     codec, options = KINDS[name]
