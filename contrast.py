@@ -57,8 +57,7 @@ class Config(RunConfig):
     weight_decay: float = opt(0.1, "AdamW's; none on biases and norms")
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
 
-    # No flags. A video gives two clips, its views. A batch is not split into passes.
-    repeats, micro = 2, None
+    repeats, micro = 2, None  # no flags: clips per video, the two views; videos per pass
 
 
 # The defaults are MoCo v3's for ViT (paper, section 5, and official script): epochs, warm-up, base
@@ -247,7 +246,8 @@ def main(argv: list[str]) -> None:
     views = view_transforms(cfg.resolution, cfg.smallest, cfg.flip)
     pairs = Videos(found, rule, views, cfg.repeats)
     cfg = fit_to_set(preset, cfg, len(pairs))
-    # A clip is told from the others of its batch. So there must be others.
+    # A clip is told from the others of its batch. So there must be others, and a batch is not
+    # split into passes.
     if cfg.batch < 2:
         raise ValueError("one video has no others to be told from: contrast.py needs two or more")
 
