@@ -51,13 +51,13 @@ class Config(RunConfig):
     # optimisation
     epochs: int | None = opt(300, "passes over the videos; None: by --steps", 1)
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
-    batch: int = opt(1024, "videos per step and forward pass, over all GPUs: each against all", 2)
+    batch: int = opt(1024, "videos per step, over all GPUs: they are told from each other", 2)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.1, "AdamW's; none on biases and norms")
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
 
-    repeats, micro = 2, None  # no flags: clips per video, the two views; videos per pass
+    repeats, micro = 2, None  # no flags: a video gives two views, a batch is one pass
 
 
 # The defaults are MoCo v3's for ViT (paper, section 5, and official script): epochs, warm-up, base
@@ -246,8 +246,8 @@ def main(argv: list[str]) -> None:
     views = view_transforms(cfg.resolution, cfg.smallest, cfg.flip)
     pairs = Videos(found, rule, views, cfg.repeats)
     cfg = fit_to_set(preset, cfg, len(pairs))
-    # A clip is told from the others of its batch. So there must be others, and a batch is not
-    # split into passes.
+    # A clip is told from the others of its batch. So there must be others, and a batch is one pass:
+    # gradient accumulation would tell it from fewer.
     if cfg.batch < 2:
         raise ValueError("one video has no others to be told from: contrast.py needs two or more")
 

@@ -280,7 +280,7 @@ def score_test(model: Detector, data: ava.Annotations, cfg: Config, folder: Path
     result["config"] = asdict(cfg)
     engine.write_whole(folder / "results.json", json.dumps(result, indent=1) + "\n")
     for file in evaluate.kept_files(path):
-        file.unlink()
+        file.unlink(missing_ok=True)
     print(f"{boxes} boxes in {len(frames)} frames, {len(empty)} of them without a box: {title}")
 
 

@@ -318,7 +318,7 @@ def score_test(model: Classifier, test: Split, cfg: Config, folder: Path, device
     if engine.rank() == 0:
         print(evaluate.write_results(folder, test, cfg, scores, views=[cfg.clips, cfg.crops]))
         for file in evaluate.kept_files(path):
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> None:

@@ -147,8 +147,8 @@ def softmax_or_mean(out: Tensor) -> Tensor:
 
 
 def kept_files(path: Path) -> list[Path]:
-    """Where each_video keeps outputs: `path`, and a file for each other process."""
-    return [*path.parent.glob(f"{path.stem}.*pt")]
+    """Where each_video keeps outputs, if any: `path`, and a file for each other process."""
+    return [path, *path.parent.glob(f"{path.stem}.[0-9]*.pt")]
 
 
 @torch.no_grad()
@@ -298,8 +298,10 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
         classes = fit_classes(named, classes, cfg.init).classes
     paths, wrong = find_videos(cfg.predict, cfg.data)
     windows = [window for path in paths for window in cut(path, cfg.every)]
-    kept = table.with_suffix(".pt")  # after Ctrl-C, the same command goes on
-    found, errors = each_video(model, WindowViews(windows, cfg), cfg, device, kept)
+    views = WindowViews(windows, cfg)
+    # Kept after Ctrl-C: the same command goes on. Another one has a file of its own.
+    kept = table.with_name(f"predicted-{engine.derive_seed(repr(cfg), *views.keys)}.pt")
+    found, errors = each_video(model, views, cfg, device, kept)
     if engine.rank() > 0:
         return
     rows = [["path", "start", "prediction", "probability", "top5", "probabilities"]]
@@ -310,7 +312,7 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
         print(shown(path) + f" from second {start:g}" * bool(cfg.every), *lines, sep="\n  ")
     write_csv(table, rows)
     for file in kept_files(kept):
-        file.unlink()
+        file.unlink(missing_ok=True)
     print(f"wrote {table}: {len(found)} predictions")
     name_wrong([*wrong, *errors.values()])
 

@@ -60,8 +60,7 @@ def read_split(
     malformed lines, a video listed twice (it would count twice), and videos in both parts.
     """
     found = listed(data, splits, fold, train, classes_file)
-    absent = missing_videos(found)
-    if absent:
+    if absent := missing_videos(found):
         line = f"{len(absent)} of {len(found.paths)} listed videos are missing"
         line += f", the first is {brief(absent[0])}"
         if missing == "error" or len(absent) == len(found.paths):

@@ -42,26 +42,26 @@ def training_videos(
 def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Split, Split, int]:
     """(training part, test part, how many listed videos are missing). The parts are without those.
 
-    Names the missing ones. ValueError where folders or lists are wrong, or no video is there.
+    Says which are missing. ValueError where folders or lists are wrong, or no video is there.
     """
     train, test = (listed(data, splits, fold, part) for part in (True, False))
     if dataset not in ("own", train.kind):
         name = f"name the folder of those of {dataset} with --splits"
         raise ValueError(f"{splits or data} has other lists, or none: {name}")
-    videos = {*train.paths, *test.paths}
-    missing = dict.fromkeys([*lists.missing_videos(train), *lists.missing_videos(test)])
+    videos = dict.fromkeys(train.paths + test.paths)
+    missing = dict.fromkeys(path for path in videos if not os.path.isfile(path))
     if not missing:
         return train, test, 0
     first = next(iter(missing))
     unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
     line = f"{len(missing)} of {len(videos)} listed videos are missing, the first is "
     line += brief(first) + lists.why_missing(first, data, unpack)
-    if len(missing) == len(videos):
-        raise ValueError(line)
     names = Path("runs", f"check-{dataset}", "missing.txt")
     names.parent.mkdir(parents=True, exist_ok=True)
     engine.write_whole(names, "".join(f"{path}\n" for path in missing))
-    print(f"error: {line} (all are in {names})", file=sys.stderr)
+    if len(missing) == len(videos):
+        raise ValueError(line)
+    print(f"warning: {line} (all are in {names})", file=sys.stderr)
     train, test = (lists.leave_out(part, missing) for part in (train, test))
     return train, test, len(missing)
 
@@ -97,7 +97,7 @@ def _next(dataset: str, train: Split, broken: dict[Path, str], **flags) -> None:
     """
     if broken:
         print("next: download the broken files again; training leaves out up to a tenth of all")
-    if len(broken.keys() & set(train.paths)) > len(train.paths) / 10:
+    if not train.paths or len(broken.keys() & set(train.paths)) > len(train.paths) / 10:
         return
     whole = dataset in LISTS and len(train.paths) >= 192  # the batch of these recipes
     words = [dataset] if whole else []
@@ -109,8 +109,7 @@ def _next(dataset: str, train: Split, broken: dict[Path, str], **flags) -> None:
 def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) -> int:
     """Decode every video of both parts of a data set; print what is there and what is broken.
 
-    `dataset`: "ucf101", "hmdb51" or "own". Returns 0, 1 where files are broken, 2 where some are
-    missing. Raises as _read.
+    Returns 0, 1 where files are broken, 2 where some are missing. Raises as _read.
     """
     data = Path(data).expanduser()
     train, test, missing = _read(dataset, data, splits, fold)
@@ -132,9 +131,8 @@ def check(dataset: str, data: str, splits: str | None, fold: int, workers: int) 
         if slow := sum(not file.timed and file.frames > LONG for file in good):
             long = f"{slow} of over {LONG} frames are decoded from their start for each clip"
             print(f"{long}: `python data.py prepare` makes files that need not be")
-    skip = "skip" if missing else None
-    fold = fold if fold > 1 else None
-    _next(dataset, train, broken, data=data, splits=splits, fold=fold, missing=skip)
+    how = dict(splits=splits, fold=fold if fold > 1 else None, missing=missing and "skip")
+    _next(dataset, train, broken, data=data, **how)
     return 2 if missing else int(bool(broken))
 
 
@@ -239,7 +237,7 @@ def prepare(
     _, broken = _for_all(rewrite, jobs, workers)
     lock.close()
     # Those that are broken are not in `out`.
-    skip = "skip" if broken or missing else None
+    skip = (broken or missing) and "skip"
     _next(dataset, train, broken, data=out, splits=splits, missing=skip)
     return 2 if missing else int(bool(broken))
 

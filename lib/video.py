@@ -62,7 +62,7 @@ class Probe:
 
     frames: int = 0
     damaged: int = 0  # frames that are broken, and packets that cannot be decoded
-    announced: int = 0  # frames by the container, perhaps by its length; 0: it does not say
+    announced: int = 0  # frames by the container, or as its length says; 0: it does not say
     size: tuple[int, int] = (0, 0)  # width, height in pixels, as stored
     rate: float = 0.0  # frames per second; 0: the file does not say
     timed: bool = True  # a clip need not be decoded from the start of the file
@@ -87,7 +87,7 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
         if "mp4" in container.format.name.split(","):  # an edit list may show only a part
             found.announced = sum(not entry.is_discard for entry in stream.index_entries)
         found.size, found.timed = (context.width, context.height), _timed(container, stream)
-        last = 0.0  # seconds
+        end = 0.0  # of the last frame, in seconds
         # None at the end: what the decoder still holds.
         for packet in chain(_packets(container, stream), [None]):
             try:
@@ -98,13 +98,14 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
             for frame in frames:
                 found.frames += 1
                 found.damaged += frame.is_corrupt
-                last = float((frame.pts or 0) * stream.time_base) or last
+                end = float(((frame.pts or 0) + (frame.duration or 0)) * stream.time_base)
                 yield frame
         if not found.frames:
             raise OSError("no frame could be decoded")
-        if last and not found.announced and len(container.streams) == 1:
-            # Matroska and FLV say how long they last. With sound, that may be the sound's length.
-            found.announced = round((found.frames - 1) * (container.duration or 0) / 1e6 / last)
+        others = [s for s in container.streams if s is not stream and s.type != "attachment"]
+        if "matroska" in container.format.name and end > 0 and not others:
+            # It says how long it lasts. With sound, that may be how long the sound lasts.
+            found.announced = round(found.frames * (container.duration or 0) / 1e6 / end)
 
 
 def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:

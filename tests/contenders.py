@@ -136,7 +136,7 @@ def hugging_face(model: VideoMAE | Classifier) -> nn.Module:
     classes = range(model.config.get("classes", 0))
     theirs, _ = export.to_hugging_face(model, dict(classes=[f"class {i}" for i in classes]))
     last = theirs.fc_norm if classes else theirs.decoder.norm
-    last.eps = 1e-6  # fixed at 1e-5 there
+    last.eps = 1e-6  # ours; there it is fixed at 1e-5
     theirs.set_attn_implementation("sdpa")
     return theirs.train()
 
