@@ -299,7 +299,7 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
     paths, wrong = find_videos(cfg.predict, cfg.data)
     windows = [window for path in paths for window in cut(path, cfg.every)]
     views = WindowViews(windows, cfg)
-    # Kept after Ctrl-C: the same command goes on. Another one has a file of its own.
+    # Kept after Ctrl-C, so that the same command goes on. Another one has a file of its own.
     kept = table.with_name(f"predicted-{engine.derive_seed(repr(cfg), *views.keys)}.pt")
     found, errors = each_video(model, views, cfg, device, kept)
     if engine.rank() > 0:

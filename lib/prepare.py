@@ -237,8 +237,7 @@ def prepare(
     _, broken = _for_all(rewrite, jobs, workers)
     lock.close()
     # Those that are broken are not in `out`.
-    skip = (broken or missing) and "skip"
-    _next(dataset, train, broken, data=out, splits=splits, missing=skip)
+    _next(dataset, train, broken, data=out, splits=splits, missing=(broken or missing) and "skip")
     return 2 if missing else int(bool(broken))
 
 

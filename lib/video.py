@@ -87,7 +87,7 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
         if "mp4" in container.format.name.split(","):  # an edit list may show only a part
             found.announced = sum(not entry.is_discard for entry in stream.index_entries)
         found.size, found.timed = (context.width, context.height), _timed(container, stream)
-        end = 0.0  # of the last frame, in seconds
+        end = 0  # of the last frame, in the stream's unit of time
         # None at the end: what the decoder still holds.
         for packet in chain(_packets(container, stream), [None]):
             try:
@@ -98,14 +98,15 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
             for frame in frames:
                 found.frames += 1
                 found.damaged += frame.is_corrupt
-                end = float(((frame.pts or 0) + (frame.duration or 0)) * stream.time_base)
+                end = (frame.pts or 0) + (frame.duration or 0)
                 yield frame
         if not found.frames:
             raise OSError("no frame could be decoded")
         others = [s for s in container.streams if s is not stream and s.type != "attachment"]
         if "matroska" in container.format.name and end > 0 and not others:
-            # It says how long it lasts. With sound, that may be how long the sound lasts.
-            found.announced = round(found.frames * (container.duration or 0) / 1e6 / end)
+            # The file says how long it lasts. With sound, that may be how long the sound lasts.
+            seconds = (container.duration or 0) / 1e6
+            found.announced = round(found.frames * seconds / float(end * stream.time_base))
 
 
 def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
