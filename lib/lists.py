@@ -60,14 +60,14 @@ def read_split(
     malformed lines, a video listed twice (it would count twice), and videos in both parts.
     """
     found = listed(data, splits, fold, train, classes_file)
-    if absent := missing_videos(found):
+    if absent := missing_videos(found.paths):
         line = f"{len(absent)} of {len(found.paths)} listed videos are missing"
         line += f", the first is {brief(absent[0])}"
         if missing == "error" or len(absent) == len(found.paths):
             how = ": `data.py check` lists them all"
             how += ", --missing skip leaves them out" * (missing == "error")
             raise ValueError(line + why_missing(absent[0], Path(data).expanduser(), how))
-        found = leave_out(found, {*absent})
+        found = leave_out(found, absent)
         found.notes.append(f"{line}: they are left out")
     for note in found.notes if engine.rank() == 0 else ():
         print(f"note: {note}")
@@ -80,14 +80,15 @@ def choose(split: Split, videos: list[int]) -> Split:
     return replace(split, paths=paths, labels=labels)
 
 
-def leave_out(split: Split, paths) -> Split:
-    """The split without the videos at some paths (a set or dict)."""
-    return choose(split, [i for i, path in enumerate(split.paths) if path not in paths])
+def leave_out(split: Split, paths: list[Path]) -> Split:
+    """The split without the videos at some paths."""
+    out = set(paths)
+    return choose(split, [i for i, path in enumerate(split.paths) if path not in out])
 
 
-def missing_videos(split: Split) -> list[Path]:
-    """The paths of a split at which there is no file."""
-    return [path for path in split.paths if not os.path.isfile(path)]
+def missing_videos(paths) -> list[Path]:
+    """The paths at which there is no file."""
+    return [path for path in paths if not os.path.isfile(path)]
 
 
 def why_missing(path: Path, data: Path, otherwise: str) -> str:

@@ -49,13 +49,12 @@ def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Spli
         name = f"name the folder of those of {dataset} with --splits"
         raise ValueError(f"{splits or data} has other lists, or none: {name}")
     videos = dict.fromkeys(train.paths + test.paths)
-    missing = dict.fromkeys(path for path in videos if not os.path.isfile(path))
+    missing = lists.missing_videos(videos)
     if not missing:
         return train, test, 0
-    first = next(iter(missing))
     unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
     line = f"{len(missing)} of {len(videos)} listed videos are missing, the first is "
-    line += brief(first) + lists.why_missing(first, data, unpack)
+    line += brief(missing[0]) + lists.why_missing(missing[0], data, unpack)
     names = Path("runs", f"check-{dataset}", "missing.txt")
     names.parent.mkdir(parents=True, exist_ok=True)
     engine.write_whole(names, "".join(f"{path}\n" for path in missing))
@@ -236,7 +235,7 @@ def prepare(
     print(f"{len(paths)} videos, {len(paths) - len(jobs)} of them are prepared already", flush=True)
     _, broken = _for_all(rewrite, jobs, workers)
     lock.close()
-    # Those that are broken are not in `out`.
+    # Those that are broken or missing are not in `out`.
     _next(dataset, train, broken, data=out, splits=splits, missing=(broken or missing) and "skip")
     return 2 if missing else int(bool(broken))
 

@@ -386,9 +386,8 @@ def test_missing_videos_can_be_left_out(read, tmp_path, capsys):
         read(text)
     assert read(text, missing="skip") == (["v0.mp4", "v1.mp4"], [0, 1], ["0", "1", "2"])
     assert "note: 2 of 4 listed videos are missing, the first is " in capsys.readouterr().out
-    assert [
-        path.name for path in missing_videos(lists.listed(tmp_path, tmp_path / "list.txt", 1, True))
-    ] == ["no.mp4", "none.mp4"]
+    paths = lists.listed(tmp_path, tmp_path / "list.txt", 1, True).paths
+    assert [path.name for path in missing_videos(paths)] == ["no.mp4", "none.mp4"]
     with pytest.raises(ValueError, match="2 of 2 listed videos are missing"):
         read("no.mp4 2\nnone.mp4 0\n", missing="skip")
 
