@@ -30,7 +30,7 @@ OTHER_LINE = re.compile(rf"(.*\S){BETWEEN}(-?[0-9]{{1,9}}(?:\.0*)?)")
 NUMBER = r"-?[0-9]+(?:\.[0-9]*)?"
 # Names of columns in a header.
 COLUMNS = {
-    "path": r"(video|file|clip)?_?(path|name)|video|file|clip|youtube_id",
+    "path": r"(video|file|clip)?_?(path|name)|(video|file|clip)(_?id)?|youtube_id",
     "label": r"(label|class|action|category)(_?(id|name))?s?|target",
     "time": r"((time|frame|t)_)?(start|end)(_(time|frame|sec))?",
     "part": r"split|subset|part|set",
@@ -152,7 +152,8 @@ def _cells(data: Path, row: dict[str, str]) -> tuple[str | tuple[str, str], str]
         return ("_".join([row["youtube_id"], *seconds]), row["youtube_id"]), label
     if times:
         raise ValueError(SEGMENT)
-    return _slashes(data, row[max(_named(row, "path"), key=lambda name: "path" in name)]), label
+    best = max(_named(row, "path"), key=lambda name: ("path" in name, name[-2:] != "id"))
+    return _slashes(data, row[best]), label
 
 
 def _slashes(data: Path, text: str) -> str:

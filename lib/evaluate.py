@@ -54,7 +54,7 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
                 elif other and np.fromfile(path, np.uint8, 4096).all():  # videos have zeros
                     folders = filter(os.path.isdir, [data or "", path.parent])
                     splits = [listed(folder, path, 1, train=False) for folder in folders]
-                    split = min(splits, key=lambda split: len(missing_videos(split.paths)))
+                    split = min(splits, key=lambda split: len(missing_videos(split.paths)[0]))
                     videos, notes = split.paths, split.notes
             except ValueError as error:
                 videos, errors = [], [*errors, str(error)]

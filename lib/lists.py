@@ -60,9 +60,8 @@ def read_split(
     malformed lines, a video listed twice (it would count twice), and videos in both parts.
     """
     found = listed(data, splits, fold, train, classes_file)
-    if absent := missing_videos(found.paths):
-        line = f"{len(absent)} of {len(found.paths)} listed videos are missing"
-        line += f", the first is {brief(absent[0])}"
+    absent, line = missing_videos(found.paths)
+    if absent:
         if missing == "error" or len(absent) == len(found.paths):
             how = ": `data.py check` lists them all"
             how += ", --missing skip leaves them out" * (missing == "error")
@@ -86,9 +85,11 @@ def leave_out(split: Split, paths: list[Path]) -> Split:
     return choose(split, [i for i, path in enumerate(split.paths) if path not in out])
 
 
-def missing_videos(paths) -> list[Path]:
-    """The paths at which there is no file."""
-    return [path for path in paths if not os.path.isfile(path)]
+def missing_videos(paths) -> tuple[list[Path], str]:
+    """(the paths at which there is no file, how many they are and the first in words)."""
+    absent = [path for path in paths if not os.path.isfile(path)]
+    line = f"{len(absent)} of {len(paths)} listed videos are missing, the first is "
+    return absent, line + brief("".join(map(str, absent[:1])))
 
 
 def why_missing(path: Path, data: Path, otherwise: str) -> str:
@@ -161,8 +162,7 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
         found = READERS[splits.suffix](data, splits, fold, train)
     else:
         found = _read_file(data, splits)
-    twice = [path for path, times in Counter(found.paths).items() if times > 1]
-    if twice:
+    if twice := [path for path, times in Counter(found.paths).items() if times > 1]:
         raise ValueError(f"{splits} lists {brief(twice[0])} twice")
     if not found.paths:
         raise ValueError(f"no videos in {splits or data}")
@@ -258,15 +258,15 @@ def _read_folder(data: Path) -> Split:
 def _read_file(data: Path, file: Path) -> Split:
     json = file.suffix.lower() == ".json"
     found = annotations.read_json(file) if json else annotations.read_list(data, file)
-    (names, labels, classes), there = found, {}
+    (names, labels, classes), there, end = found, {}, ".webm" if json else ".mp4"
+    whole = lambda name: ending(name) in annotations.ENDINGS or os.path.exists(data / name)
+    if not any(isinstance(name, tuple) or whole(name) for name in names):
+        names, end = [(name,) for name in names], ""  # paths without their endings
     if names and isinstance(names[0], tuple):  # ids: their files may lie in folders of classes
-        there = {path.stem: path for path in reversed(video_files(data)[0])}
-        names = [
-            next(filter(there.get, name), f"{name[0]}.{'webm' if json else 'mp4'}")
-            for name in names
-        ]
-    numbers = classes == [str(label) for label in range(len(classes))]
-    kind = "list" if numbers else "named list"
+        for path in reversed(video_files(data)[0]):
+            there |= {path.stem: path, path.relative_to(data).with_suffix("").as_posix(): path}
+        names = [next(filter(there.get, name), name[0] + end) for name in names]
+    kind = "list" if classes == [str(n) for n in range(len(classes))] else "named list"
     return Split([there.get(name, data / name) for name in names], labels, classes, kind)
 
 

@@ -49,12 +49,11 @@ def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Spli
         name = f"name the folder of those of {dataset} with --splits"
         raise ValueError(f"{splits or data} has other lists, or none: {name}")
     videos = dict.fromkeys(train.paths + test.paths)
-    missing = lists.missing_videos(videos)
+    missing, line = lists.missing_videos(videos)
     if not missing:
         return train, test, 0
     unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
-    line = f"{len(missing)} of {len(videos)} listed videos are missing, the first is "
-    line += brief(missing[0]) + lists.why_missing(missing[0], data, unpack)
+    line += lists.why_missing(missing[0], data, unpack)
     names = Path("runs", f"check-{dataset}", "missing.txt")
     names.parent.mkdir(parents=True, exist_ok=True)
     engine.write_whole(names, "".join(f"{path}\n" for path in missing))

@@ -387,9 +387,21 @@ def test_missing_videos_can_be_left_out(read, tmp_path, capsys):
     assert read(text, missing="skip") == (["v0.mp4", "v1.mp4"], [0, 1], ["0", "1", "2"])
     assert "note: 2 of 4 listed videos are missing, the first is " in capsys.readouterr().out
     paths = lists.listed(tmp_path, tmp_path / "list.txt", 1, True).paths
-    assert [path.name for path in missing_videos(paths)] == ["no.mp4", "none.mp4"]
+    assert [path.name for path in missing_videos(paths)[0]] == ["no.mp4", "none.mp4"]
     with pytest.raises(ValueError, match="2 of 2 listed videos are missing"):
         read("no.mp4 2\nnone.mp4 0\n", missing="skip")
+
+
+def test_a_list_may_leave_out_the_endings_of_all_its_videos(read):
+    both = (["sub/d.avi", "v0.mp4"], [1, 0], ["0", "1"])
+    for text in ("sub/d 1\nv0 0\n", "d 1\nv0 0\n", "video_id,label\nd,1\nv0,0\n"):
+        assert read(text) == both
+    table = "video_id,label,video_name\n7,1,sub/d.avi\n8,0,v0.mp4\n"  # a name beats a number
+    assert read(table) == both
+    with pytest.raises(ValueError, match="1 of 2 listed videos are missing, the first is .*/d0:"):
+        read("d0 1\nv0 0\n")
+    with pytest.raises(ValueError, match="d.avi twice"):
+        read("sub/d 1\nd 1\n")
 
 
 def test_names_that_differ_in_case_or_accents_only_are_named(read, tmp_path):
