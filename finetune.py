@@ -130,7 +130,7 @@ PRESETS = {
 }  # fmt: skip
 
 # Model and clips where neither weights nor flag nor preset say: the paper's; those of a recipe.
-USUAL = dict(frames=16, stride=4, sampling="dense", resolution=224,
+USUAL = dict(frames=16, stride=4, sampling="dense", resolution=224, augment="torchvision",
              size="base", cube=(2, 16, 16), positions="1d")  # fmt: skip
 TOY_CLIPS = dict(frames=8, stride=2, resolution=48, size="toy", cube=(2, 8, 8), positions="3d")
 UNTRAINED = {"toy": TOY_CLIPS} | dict.fromkeys(["ucf101-short", "hmdb51-short"], dict(size="small"))
@@ -166,8 +166,8 @@ def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, traine
     config |= {key: chosen[key] for key in ("size", "cube", "positions")}
     config["video_size"] = (cfg.frames, side, side)
     rule = f"stride {cfg.stride}" if cfg.stride else "one frame held still"
-    if chosen.get("sampling") == "uniform":
-        rule = "uniform sampling"
+    rule = "uniform sampling" if chosen.get("sampling") == "uniform" else rule
+    rule += ", official resizing" * (chosen.get("augment") == "official")
     clips = f"clips of {cfg.frames} frames, {rule}, {side}x{side} pixels"
     return cfg, config, f"{clips}, cubes {by(cfg.cube)}, size {cfg.size}"
 

@@ -180,7 +180,7 @@ def about_ours(path: Path, content: dict) -> dict:
     if "flags" not in config:
         raise ValueError(f"{path} is a checkpoint of an older version, which cannot be read")
     flags, about = config["flags"], dict(config["model"])
-    said = ("stride", "sampling", "data", "splits", "fold", "missing")
+    said = ("stride", "sampling", "augment", "data", "splits", "fold", "missing")
     about |= {key: flags[key] for key in said if key in flags}
     if content["stage"] == "pretrain":
         about["name"] = flags["model"]

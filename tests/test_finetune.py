@@ -235,12 +235,12 @@ def test_eval_only_repeats_the_evaluation_and_leaves_the_log_alone(here, capsys)
 
 
 def test_evaluation_takes_the_clips_of_the_training(here, monkeypatch):
-    more = ["--name", "other/clips", "--resolution", "32", "--stride", "1"]
+    more = "--name other/clips --resolution 32 --stride 1 --augment official".split()
     finetune.main(["toy", "--data", here, *SMALL, *more])
     seen, WindowViews = [], evaluate.WindowViews
 
     def views(videos, cfg):
-        seen.append((cfg.frames, cfg.stride, cfg.resolution))
+        seen.append((cfg.frames, cfg.stride, cfg.resolution, cfg.augment))
         return WindowViews(videos, cfg)
 
     monkeypatch.setattr(evaluate, "WindowViews", views)
@@ -248,7 +248,7 @@ def test_evaluation_takes_the_clips_of_the_training(here, monkeypatch):
     finetune.main([*again, "--data", here, "--eval-only", "--clips", "1", "--crops", "1"])
     video = f"{here}/Pulse/v_Pulse_g01_c01.avi"
     finetune.main([*again, "--predict", video, "--stride", "2", "--resolution", "48"])
-    assert seen == [(8, 1, 32)] * 2
+    assert seen == [(8, 1, 32, "official")] * 2
 
 
 def test_unreadable_test_videos_are_all_named_and_the_others_are_scored_once(
