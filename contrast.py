@@ -1,6 +1,6 @@
 """Pre-train with MoCo v3 (Chen et al. 2021), to which the paper compares VideoMAE (Tables 2 to 4).
 
-    python contrast.py                          # preset toy: toy videos, about 15 minutes on a core
+    python contrast.py                          # preset toy: toy videos, on a CPU core
     python contrast.py ucf101 --data UCF-101 --splits ucfTrainTestlist --memory least
     torchrun --nproc_per_node 8 contrast.py ssv2 --data ssv2 --splits train.json
     python finetune.py --init runs/contrast-toy/checkpoint.pt      # linprobe.py alike
