@@ -3,7 +3,7 @@
     python linprobe.py                                      # toy videos, from runs/pretrain-toy
     python linprobe.py --init random                        # the same with an untrained encoder
     python linprobe.py ucf101 --data UCF-101 --splits ucfTrainTestlist --init WEIGHTS
-    python linprobe.py own --init WEIGHTS --features out.npz --videos a.avi FOLDER    # features alone
+    python linprobe.py own --init WEIGHTS --features out.npz --videos a.avi FOLDER  # features alone
 
 WEIGHTS is what finetune.py takes, or its checkpoint. Each video is decoded once; its features, the
 mean over the encoder's last tokens, stay in runs/NAME/features.pt. The head is trained on those in

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     split = read_split(cfg.data, cfg.splits)
     frames, size, _ = model.encoder.video_size
     what = dict(frames=frames, stride=about["stride"], sampling=about.get("sampling", "dense"))
+    what["augment"] = about.get("augment", "torchvision")
     how = finetune.Config(**what, resolution=size, clips=cfg.clips, crops=1)
     generator = torch.Generator().manual_seed(engine.derive_seed("motion", cfg.seed))
     hits = {}

@@ -51,8 +51,7 @@ def read(cfg) -> Annotations:
     boxes = Path(cfg.boxes).expanduser() if cfg.boxes else folder / BOXES
     train = {} if cfg.eval_only else read_truth(folder / TRAIN, cfg.actions)
     test = read_truth(folder / TEST, cfg.actions)
-    found = read_boxes(boxes, cfg.threshold)
-    if not found:
+    if not (found := read_boxes(boxes, cfg.threshold)):
         raise ValueError(f"{boxes} has no box of score {cfg.threshold:g} or more (--threshold)")
     if others := {video for video, _ in found} - {video for video, _ in test}:
         raise ValueError(f"{boxes} has boxes of {min(others)}, which {TEST} does not know")

@@ -41,7 +41,7 @@ def to_official(model: VideoMAE | Classifier) -> dict[str, Tensor]:
 def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
     """The model and its preprocessing as objects of transformers. ValueError as to_official.
 
-    Their config takes class names, stride and sampling from `about`.
+    Their config takes class names, stride, sampling and augment from `about`.
     """
     try:
         import transformers
@@ -60,7 +60,7 @@ def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
         # With mean pooling, their encoder has no last LayerNorm.
         use_mean_pooling=isinstance(model, Classifier),
     )  # fmt: skip
-    config |= {key: about[key] for key in ("stride", "sampling") if key in about}
+    config |= {key: about[key] for key in ("stride", "sampling", "augment") if key in about}
     if isinstance(model, Classifier):
         kind, names = transformers.VideoMAEForVideoClassification, about["classes"]
         numbers = {name: i for i, name in enumerate(names)}

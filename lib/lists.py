@@ -98,27 +98,31 @@ def why_missing(path: Path, data: Path, otherwise: str) -> str:
         return f": {frames_line(data, path)}"
     there, differs = nearly(path)
     if there:
-        return f": there is {brief(there)}, only {differs} differ: rename it"
+        return f": there is {brief(there)}, only {differs} differ: rename it, or mend the list"
     return otherwise
 
 
 def nearly(path: Path) -> tuple[Path | None, str]:
     """(what lies on the way to a missing file under almost its name, what differs) or (None, "").
 
-    Case differs after renaming, and macOS writes accents as signs of their own (decomposed).
+    Case differs after renaming, macOS writes accents as signs of their own (decomposed), and tables
+    leave out the endings of files.
     """
     form = lambda name: unicodedata.normalize("NFC", name)
     plain = lambda name: form(form(name).casefold())
     here, first, differs = Path(path.anchor), None, ""
     for name in path.parts[bool(path.anchor) :]:
-        names = os.listdir(here) if os.path.isdir(here) else []
-        alike = [other for other in sorted(names) if plain(other) == plain(name)]
+        names = sorted(os.listdir(here)) if os.path.isdir(here) else []
+        alike = [other for other in names if plain(other) == plain(name)]
+        videos = (other for other in names if ending(other) in annotations.ENDINGS)
+        alike += [other for other in videos if plain(os.path.splitext(other)[0]) == plain(name)]
         other = name if os.path.lexists(here / name) else next(iter(alike), None)
         if other is None:
             return None, ""
         if other != name and first is None:
             first, same = here / other, form(other) == form(name)
             differs = "the forms of accents" if same else "upper and lower case"
+            differs = differs if plain(other) == plain(name) else "the endings"
         here = here / other
     return first, differs
 
@@ -258,13 +262,10 @@ def _read_folder(data: Path) -> Split:
 def _read_file(data: Path, file: Path) -> Split:
     json = file.suffix.lower() == ".json"
     found = annotations.read_json(file) if json else annotations.read_list(data, file)
-    (names, labels, classes), there, end = found, {}, ".webm" if json else ".mp4"
-    whole = lambda name: ending(name) in annotations.ENDINGS or os.path.exists(data / name)
-    if not any(isinstance(name, tuple) or whole(name) for name in names):
-        names, end = [(name,) for name in names], ""  # paths without their endings
+    (names, labels, classes), there = found, {}
     if names and isinstance(names[0], tuple):  # ids: their files may lie in folders of classes
-        for path in reversed(video_files(data)[0]):
-            there |= {path.stem: path, path.relative_to(data).with_suffix("").as_posix(): path}
+        there = {path.stem: path for path in reversed(video_files(data)[0])}
+        end = ".webm" if json else ".mp4"
         names = [next(filter(there.get, name), name[0] + end) for name in names]
     kind = "list" if classes == [str(n) for n in range(len(classes))] else "named list"
     return Split([there.get(name, data / name) for name in names], labels, classes, kind)

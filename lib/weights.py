@@ -72,7 +72,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Weights of a file or folder under our names, and what is known of their model.
 
     What is known is a dict with some of: the arguments of the model and "eps" (see build); "name",
-    a key of MODELS; "classes", a list of names; "stride" and "sampling" of the training clips;
+    a key of MODELS; "classes", a list of names; "stride", "sampling", "augment" of its clips;
     "data", "splits", "fold" and "missing", where those are from; "note", a remark for the report.
     Nothing pickled is run. ValueError, in one line, for what cannot be read.
     """
@@ -238,7 +238,7 @@ def about_config(path: Path, found: dict[str, Tensor], about: dict) -> dict:
         height, width = (side, side) if isinstance(side, int) else side
         more = dict(video_size=[values["num_frames"], height, width])
         grid_of(more["video_size"], about["cube"])
-        more |= {key: values[key] for key in ("stride", "sampling") if key in values}  # export.py
+        more |= {key: values[key] for key in ("stride", "sampling", "augment") if key in values}
         needed = dict(model_type="videomae", hidden_act="gelu", cos_attn=False)
         needed["num_attention_heads"] = size["heads"]
         if hugging_face:

@@ -392,21 +392,16 @@ def test_missing_videos_can_be_left_out(read, tmp_path, capsys):
         read("no.mp4 2\nnone.mp4 0\n", missing="skip")
 
 
-def test_a_list_may_leave_out_the_endings_of_all_its_videos(read):
+def test_a_column_of_ids_is_taken_where_there_is_no_path(read):
     both = (["sub/d.avi", "v0.mp4"], [1, 0], ["0", "1"])
-    for text in ("sub/d 1\nv0 0\n", "d 1\nv0 0\n", "video_id,label\nd,1\nv0,0\n"):
-        assert read(text) == both
-    table = "video_id,label,video_name\n7,1,sub/d.avi\n8,0,v0.mp4\n"  # a name beats a number
-    assert read(table) == both
-    with pytest.raises(ValueError, match="1 of 2 listed videos are missing, the first is .*/d0:"):
-        read("d0 1\nv0 0\n")
-    with pytest.raises(ValueError, match="d.avi twice"):
-        read("sub/d 1\nd 1\n")
+    assert read("video_id,label\nsub/d.avi,1\nv0.mp4,0\n") == both
+    assert read("video_id,label,video_name\n7,1,sub/d.avi\n8,0,v0.mp4\n") == both
 
 
-def test_names_that_differ_in_case_or_accents_only_are_named(read, tmp_path):
+def test_names_that_differ_in_case_accents_or_ending_only_are_named(read, tmp_path):
     accent = unicodedata.normalize("NFD", "é")
     touch(tmp_path, "HandStandPushups/v_01.AVI", f"caf{accent}.avi", "Ünï.mp4")
+    touch(tmp_path, "new.mp4.part")
     for text, words in (
         ("HandstandPushups/v_01.avi 0", "HandStandPushups, only upper and lower case differ"),
         (
@@ -415,7 +410,9 @@ def test_names_that_differ_in_case_or_accents_only_are_named(read, tmp_path):
         ),
         ("café.avi 0", "only the forms of accents differ"),
         (unicodedata.normalize("NFD", "üNÏ.mp4 0"), "Ünï.mp4, only upper and lower case differ"),
+        ("sub/D 0", "sub/d.avi, only the endings differ: rename it, or mend the list"),
         ("handstandpushups/v_02.avi 0", "--missing skip"),
+        ("new.mp4 0", "--missing skip"),
     ):
         with pytest.raises(ValueError, match=f"1 of 1 listed videos are missing.*{words}"):
             read(text)

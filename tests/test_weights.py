@@ -481,9 +481,10 @@ def test_written_for_hugging_face(tmp_path, make, untrained):
     if untrained:  # variances are small, so that eps matters more
         torch.manual_seed(3)
         model = type(model)(**model.config).eval()
-    path = our_checkpoint(tmp_path / "a.pt", model, stride=4)
+    path = our_checkpoint(tmp_path / "a.pt", model, stride=4, augment="official")
     out = tmp_path / "folder"
     export.main([str(path), "--hugging-face", str(out)])
+    assert read_weights(out)[1]["augment"] == read_weights(path)[1]["augment"] == "official"
     kind = "ForPreTraining" if make is mae else "ForVideoClassification"
     kind = getattr(transformers, f"VideoMAE{kind}")
     again, info = kind.from_pretrained(out, output_loading_info=True)
