@@ -88,8 +88,8 @@ def leave_out(split: Split, paths: list[Path]) -> Split:
 def missing_videos(paths) -> tuple[list[Path], str]:
     """(the paths at which there is no file, how many they are and the first in words)."""
     absent = [path for path in paths if not os.path.isfile(path)]
-    line = f"{len(absent)} of {len(paths)} listed videos are missing, the first is "
-    return absent, line + brief("".join(map(str, absent[:1])))
+    first = brief(absent[0]) if absent else ""
+    return absent, f"{len(absent)} of {len(paths)} listed videos are missing, the first is {first}"
 
 
 def why_missing(path: Path, data: Path, otherwise: str) -> str:
