@@ -266,7 +266,7 @@ def compiled(bench: Bench) -> None:
     for size in ["base", "small", "large"][: 1 if bench.tiny else 3]:
         work = bench.work(size=size, mode="compiled")
         call = functools.partial(compete, bench, work, ("ours", "hf"))
-        bench.row("fast", f"step, {size}, 90% masked, compiled", call, 100)
+        bench.row("fast", f"step, {size}, 90% masked, compiled", call, 200)
 
 
 # -------------------------------------------------------------------------------------------- fed
