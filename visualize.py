@@ -356,8 +356,7 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
     frames, size, _ = model.encoder.video_size
     stride = about.get("stride", 4) if cfg.stride is None else cfg.stride
     choose_model(about.get("name", "videomae"), cfg.mask, stride)  # they must suit each other
-    paths = cfg.videos
-    if not paths:
+    if not (paths := cfg.videos):
         if "data" not in about:  # weights of other projects
             raise ValueError(f"{cfg.checkpoint} knows no videos: name some with --videos")
         where = (about["data"], about["splits"], about["fold"])

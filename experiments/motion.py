@@ -46,16 +46,14 @@ def main(argv: list[str]) -> None:
         raise ValueError("name --checkpoint")
     model, about = load_model(cfg.checkpoint, classifier=True)
     split = read_split(cfg.data, cfg.splits)
-    frames, size, _ = model.encoder.video_size
-    what = dict(frames=frames, stride=about["stride"], sampling=about.get("sampling", "dense"))
-    what["augment"] = about.get("augment", "torchvision")
-    how = finetune.Config(**what, resolution=size, clips=cfg.clips, crops=1)
+    how = finetune.Config(clips=cfg.clips, crops=1)
+    how, _, _ = finetune.settle_clips(how, "own", about, cfg.checkpoint, trained=True)
     generator = torch.Generator().manual_seed(engine.derive_seed("motion", cfg.seed))
     hits = {}
     for clips, label in zip(WindowViews(split.paths, how), split.labels, strict=True):
         if isinstance(clips, str):
             raise ValueError(clips)
-        for name, order in orders(frames, generator).items():
+        for name, order in orders(how.frames, generator).items():
             scores = model(clips[:, order]).softmax(dim=1).mean(dim=0)
             hits.setdefault(name, []).append(int(scores.argmax()) == label)
     for name, right in hits.items():

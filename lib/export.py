@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lib.engine import save_checkpoint
-from lib.weights import load_model, rename
+from lib.weights import CLIPS, load_model, rename
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, VideoMAE, position_table
 
 
@@ -60,7 +60,7 @@ def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
         # With mean pooling, their encoder has no last LayerNorm.
         use_mean_pooling=isinstance(model, Classifier),
     )  # fmt: skip
-    config |= {key: about[key] for key in ("stride", "sampling", "augment") if key in about}
+    config |= {key: about[key] for key in CLIPS if key in about}
     if isinstance(model, Classifier):
         kind, names = transformers.VideoMAEForVideoClassification, about["classes"]
         numbers = {name: i for i, name in enumerate(names)}

@@ -120,9 +120,9 @@ def nearly(path: Path) -> tuple[Path | None, str]:
         if other is None:
             return None, ""
         if other != name and first is None:
-            first, same = here / other, form(other) == form(name)
-            differs = "the forms of accents" if same else "upper and lower case"
-            differs = differs if plain(other) == plain(name) else "the endings"
+            first, differs = here / other, "upper and lower case"
+            differs = "the forms of accents" if form(other) == form(name) else differs
+            differs = "the endings" if plain(other) != plain(name) else differs
         here = here / other
     return first, differs
 

@@ -37,6 +37,7 @@ POSITIONS = {
     "decoder_pos_embed": "encoder_to_decoder.weight",
 }
 DECODER = ("decoder", "encoder_to_decoder", "mask_token")  # its tensors' names begin so
+CLIPS = ("stride", "sampling", "augment")  # how clips are made, as checkpoints say it
 # Hugging Face's values where config.json says nothing.
 CONFIG = dict(
     model_type="videomae", num_frames=16, image_size=224, hidden_act="gelu", layer_norm_eps=1e-12,
@@ -180,7 +181,7 @@ def about_ours(path: Path, content: dict) -> dict:
     if "flags" not in config:
         raise ValueError(f"{path} is a checkpoint of an older version, which cannot be read")
     flags, about = config["flags"], dict(config["model"])
-    said = ("stride", "sampling", "augment", "data", "splits", "fold", "missing")
+    said = (*CLIPS, "data", "splits", "fold", "missing")
     about |= {key: flags[key] for key in said if key in flags}
     if content["stage"] == "pretrain":
         about["name"] = flags["model"]
@@ -238,7 +239,7 @@ def about_config(path: Path, found: dict[str, Tensor], about: dict) -> dict:
         height, width = (side, side) if isinstance(side, int) else side
         more = dict(video_size=[values["num_frames"], height, width])
         grid_of(more["video_size"], about["cube"])
-        more |= {key: values[key] for key in ("stride", "sampling", "augment") if key in values}
+        more |= {key: values[key] for key in CLIPS if key in values}  # export.py wrote them
         needed = dict(model_type="videomae", hidden_act="gelu", cos_attn=False)
         needed["num_attention_heads"] = size["heads"]
         if hugging_face:
