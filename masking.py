@@ -6,7 +6,7 @@ one token. Its index is n = (time * h + row) * w + column. A masking strategy is
 
     mask = strategy(video, grid, ratio, generator)
 
-    video      B clips (B, T, C, H, W) of H x W pixels; a strategy of your own may look at pixels
+    video      B clips (B, T, C, H, W) uint8; a strategy of your own may look at the pixels
     grid       (t, h, w)
     ratio      share of the tokens to mask, between 0 and 1
     generator  torch.Generator on the device of the video; None: torch's global one
@@ -31,15 +31,15 @@ def num_masked(total: int, ratio: float) -> int:
     # 0.29 * 100 is 28.999999999999996 in floating point. The 1e-6 (ours) makes it 29.
     count = int(ratio * total + 1e-6)
     if not 0 < count < total:
-        raise ValueError(f"mask ratio {ratio} must mask at least 1 of {total} places, and not all")
+        raise ValueError(f"mask ratio {ratio} must mask at least 1 of {total}, and not all")
     return count
 
 
 def choose(video: Tensor, total: int, ratio: float, generator: Generator = None) -> Tensor:
-    """(B, total) bool: in each row, num_masked(total, ratio) random places are True."""
+    """(B, total) bool: in each row, num_masked(total, ratio) random entries are True."""
     noise = torch.rand(len(video), total, generator=generator, device=video.device)
-    # argsort of noise is the numbers 0 ... total - 1 in random order. Those below `count` mark the
-    # masked places.
+    # argsort of noise is the numbers 0 ... total - 1 in random order. Entries whose number is below
+    # `count` are masked.
     count = num_masked(total, ratio)
     return noise.argsort(dim=1) < count
 

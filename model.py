@@ -21,8 +21,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-# Width, blocks and attention heads of encoder and decoder: paper, Table 8 and section 4.2. Toy and
-# tiny are ours. Large and huge decode with 12 blocks, as the official scripts; the paper says 4.
+# Base: paper, Table 8. The decoder is half as wide (section 4.2). Heads and other sizes: official
+# code. Large and huge decode with 12 blocks, as there; the paper says 4. Toy and tiny are ours.
 SIZES = {
     "toy": dict(dim=128, depth=4, heads=4, decoder_dim=96, decoder_depth=2, decoder_heads=3),
     "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=96, decoder_depth=4, decoder_heads=3),
@@ -111,7 +111,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def normalize_cubes(cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero mean and unit variance per cube (section 3.3), and per colour (official code).
+    """Zero mean and unit variance per cube (section 3.1), and per colour (official code).
 
     Cubes (B, N, P) float -> normalised cubes (B, N, P), mean and std (B, N, 1, C).
     """
@@ -143,7 +143,7 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     if kind == "1d":
         return sincos(n, dim, 10000).float()
     # A token and the one below it are neighbours in the image. Their n differ by w, so "1d" gives
-    # them different codes. With an axis each for time, row and column, neighbours are alike.
+    # them codes that are far apart. With an axis each for time, row, column, neighbours are alike.
     time, row, column = n // (h * w), n // w % h, n % w
     third = dim // 6 * 2  # an even number of values; those left over stay 0
     # The temperature sets the longest wavelength. An axis has tens of steps, so 100 is enough.
@@ -152,7 +152,7 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
 
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """From all tokens (B, N, D), those at `index`, such as (B, V): (B, V, D)."""
+    """Tokens (B, N, D) and indices (B, V) -> the tokens there, (B, V, D)."""
     clip = torch.arange(len(index), device=index.device)[:, None]
     return tokens[clip, index]
 
@@ -162,7 +162,8 @@ def split_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     ValueError unless all clips mask the same number of tokens, at least one and not all.
     """
-    # V and M are sizes of tensors, so the CPU must know them. It waits for the GPU here only.
+    # V and M are sizes of tensors, so the CPU must know them. In the forward pass, it waits for the
+    # GPU here only.
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(f"all clips must mask the same number of tokens, not {counts}")
@@ -191,9 +192,10 @@ class Encoder(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
+        # Xavier's initialisation, as in the official code.
         self.blocks.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
         # The encoder reads pixels normalised by ImageNet's mean and std. The target is made from
-        # pixels in 0-1. These tensors are constants, so no checkpoint needs them.
+        # pixels in 0-1. No checkpoint holds these constants.
         for name, colours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(colours).repeat(cube_pixels), persistent=False)
 
@@ -275,7 +277,7 @@ class VideoMAE(nn.Module):
         visible, masked = split_tokens(mask)  # (B, V), (B, M)
         latent = self.encoder(video, visible)  # (B, V, D)
         pred = self.decode(latent, visible, masked)  # (B, M, P)
-        return self.loss(pred.float(), self.target(video, masked)), pred  # the loss is float32
+        return self.loss(pred.float(), self.target(video, masked)), pred  # bf16 is too coarse
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Latents (B, V, D) of the visible tokens -> predictions (B, M, P) for the masked ones."""
@@ -297,7 +299,7 @@ class VideoMAE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (Table 10)."""
+    """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (official code)."""
 
     last_norm = "fc_norm"  # the norm before the head; finetune.py trains it as part of the head
 
@@ -318,7 +320,7 @@ class Classifier(nn.Module):
         self.fc_norm = nn.LayerNorm(s["dim"], eps=1e-6)
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(s["dim"], classes)
-        # As the official code: Xavier for pre-training, a truncated normal for fine-tuning.
+        # For fine-tuning, the official code draws from a truncated normal instead of Xavier's.
         for part in (self.encoder.blocks, self.head):
             part.apply(partial(init_linear, init_weight=partial(nn.init.trunc_normal_, std=0.02)))
         self.head.weight.data.mul_(init_scale)  # so that training starts with small logits

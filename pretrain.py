@@ -1,7 +1,7 @@
-"""Pre-train VideoMAE: mask most of a clip, predict the masked pixels (paper, sections 3.3 and 4.1).
+"""Pre-train VideoMAE: mask most of a clip, predict the masked pixels (section 3, Appendix B).
 
     python pretrain.py                          # preset toy: toy videos, minutes on one CPU core
-    python pretrain.py ucf101 --data UCF-101 --splits ucfTrainTestlist --micro 32   # 32 per pass
+    python pretrain.py ucf101 --data UCF-101 --splits ucfTrainTestlist --micro 32  # 6 passes of 32
     torchrun --nproc_per_node 8 pretrain.py hmdb51 --data hmdb51 --splits testTrainMulti_7030_splits
     python pretrain.py --data FOLDER            # preset own: your own videos
 
@@ -62,9 +62,9 @@ class Config(RunConfig):
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
 
 
-# Epochs, batch, learning rate, stride, ratio: Table 9, section 4.2, Appendix B. A number that a
-# preset leaves out is the default above. Warm-up, min_lr, betas: ucf101's official script. k400
-# flips as in the paper, not as in the official code. Toy, own and the short ones are ours.
+# Paper: Table 9, section 3.3 (stride), Appendix B. Official scripts: min_lr, and warm-up and betas
+# of ucf101. k400 flips as in the paper, not as in the official code. Toy, own and the short ones
+# are ours. A number that a preset leaves out is the default above.
 SHORT = dict(size="small", ratio=0.9, repeats=2, batch=192, base_lr=3e-4)  # 90 % costs less
 PRESETS = {
     "toy": dict(data=TOY, frames=8, stride=2, resolution=48, workers=0, size="toy", cube=(2, 8, 8),
@@ -99,14 +99,14 @@ def main(argv: list[str]) -> None:
     model = Model(cfg.size, video_size, cfg.cube, cfg.positions, **options)
     if cfg.init:
         print(init_model(model, cfg.init))
-    model = speed.place(model, device)
+    model = speed.place(model, device)  # model.to(device)
 
     # AdamW. No weight decay on vectors (biases, norms) and the mask token.
     undecayed = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
     decayed = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]
     groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=undecayed)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, cfg.beta2), fused=True)
-    # The learning rate grows with the batch (section 4.2).
+    # The learning rate grows with the batch (Appendix B).
     peak_lr, final_lr = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
 
     # The loop. Run (lib/run.py) resumes, spreads batches over passes and processes, logs, saves.
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         # Gradient accumulation. The clips of a pass are (micro * repeats, T, C, H, W) uint8.
         for clips, _ in run.passes(batches):
             # Each pass has a seed of its own. So it gets the same masks after --resume, and on any
-            # number of GPUs with the same --micro. Variants may draw from the generator, too.
+            # number of GPUs with the same --micro. Variants may draw numbers, too.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
             run.log.write(constant_loss=loss_of_constant(model, clips))
         # Linear warm-up from 0 to the peak, then half a cosine down to the final rate.
         lr = engine.cosine_lr(step, run.total, run.warmup, peak_lr, final_lr)
-        # Clip the gradients, take a step of AdamW, zero the gradients. Now and then log and save.
+        # Clip the gradients if asked to, step AdamW, zero the gradients. Now and then log and save.
         saved = run.update(lr)
         if saved:
             visualize.plot_log(run.folder)

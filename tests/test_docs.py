@@ -289,7 +289,7 @@ def test_recipes(stage):
         assert row["epochs"] == length, preset
         assert int(row["batch"].split(",")[0]) == cfg.batch, preset
         assert float(row["base lr"]) == cfg.base_lr, preset
-        assert row["mirror"] == ("yes" if cfg.flip else "no"), preset
+        assert row["flip"] == ("yes" if cfg.flip else "no"), preset
         if stage == "contrast":
             assert row["smallest crop"] == f"{100 * cfg.smallest:.0f} %", preset
         if stage == "pretrain":
