@@ -18,7 +18,6 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -382,17 +381,18 @@ def read_clips(cfg: Config, model: VideoMAE, about: dict) -> list[Tensor]:
 def draw_trained(folder: Path) -> None:
     """Draw reconstructions of a training that has ended, or say why there are none."""
     try:
-        main(["--checkpoint", str(folder / "checkpoint.pt")])
+        out = str(folder / "reconstruction.png")  # in place of an earlier one
+        main(["--checkpoint", str(folder / "checkpoint.pt"), "--out", out])
     except ValueError as error:
         print(f"no figure: {error}")
 
 
-def main(argv: list[str], overwrite: bool = True) -> None:
-    """Draw what the flags ask for. `overwrite`: the figure of an earlier call, without --out."""
+def main(argv: list[str]) -> None:
+    """Draw what the flags ask for. Without --out, the figure of an earlier call stays."""
     _, cfg = engine.parse_config(Config, argv, __doc__, {"": {}})
     name = "comparison.png" if cfg.compare else "reconstruction.png"
     out = Path(cfg.out or Path(cfg.compare[0] if cfg.compare else cfg.checkpoint).with_name(name))
-    if out.exists() and not (cfg.out or overwrite):
+    if out.exists() and not cfg.out:
         others = (out.with_stem(f"{out.stem}-{number}") for number in itertools.count(2))
         out = next(other for other in others if not other.exists())
     model, about = (None, {}) if cfg.compare else load_model(cfg.checkpoint)
@@ -410,4 +410,4 @@ def main(argv: list[str], overwrite: bool = True) -> None:
 
 
 if __name__ == "__main__":
-    engine.cli(partial(main, overwrite=False))
+    engine.cli(main)

@@ -358,12 +358,11 @@ def test_names_in_a_confusion_matrix_stand_apart(tmp_path, drawn):
 
 
 def test_a_figure_is_overwritten_only_when_asked(tmp_path, drawn):
-    """At the end of a training, or with --out. By itself, a script takes the next free name."""
+    """With --out, as at the end of a training. By itself, a script takes the next free name."""
     a = str(table(tmp_path / "a.csv", {"Run": 4}))
     written = [set(tmp_path.glob("*.png"))]
-    for words, more in (((), {}), (("--out", str(tmp_path / "comparison.png")), {}),
-                        ((), dict(overwrite=False)), ((), dict(overwrite=False))):  # fmt: skip
-        visualize.main(["--compare", a, a, *words], **more)
+    for words in ((), ("--out", str(tmp_path / "comparison.png")), (), ()):
+        visualize.main(["--compare", a, a, *words])
         written.append({path.name for path in tmp_path.glob("*.png")})
     assert written[1] == written[2] == {"comparison.png"}
     assert written[4] == {"comparison.png", "comparison-2.png", "comparison-3.png"}
