@@ -17,7 +17,7 @@ import io
 import itertools
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,7 @@ class Config:
     videos: tuple[str, ...] | None = opt(None, "files, all drawn; None: test videos of its data")
     scored: int = opt(24, "test videos over which PSNR is averaged; the first two are drawn", 1)
     ratios: tuple[float, ...] = opt((0.75, 0.9, 0.95), "mask ratios")
-    mask: Literal[tuple(MASKS)] = opt("tube", "masking strategy")
+    mask: Literal[tuple(MASKS)] | None = opt(None, "strategy; None: as in pre-training, or tube")
     stats: Literal["visible", "oracle"] = opt("visible", "oracle: draw both kinds of statistics")
     stride: int | None = opt(None, "frames from one to the next; None: as in pre-training", 0)
     out: str | None = opt(None, "PNG to write; None: a new one beside the checkpoint or A.csv")
@@ -56,6 +56,9 @@ class Config:
 
 
 # -------------------------------------------------------------------------------- reconstructions
+
+# Targets that are pixels. Predictions of another one, such as HOG, are no picture.
+PIXELS = (VideoMAE.target, CenterFrame.target, TwiceTheFrames.target)
 
 
 def load_clip(path: str | Path, frames: int, size: int, stride: int) -> Tensor:
@@ -102,7 +105,7 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor) -> tuple[Tensor, T
         "nearest": seen[:, distance.argmin(dim=1)],
         "mean": colour.repeat(pixels).expand_as(unseen),
     }
-    if pred.shape == unseen.shape:
+    if type(model).target in PIXELS:
         values["model"] = pred
     if "model" in values and model.normalize:
         # From the visible cubes, weighted by 1 / distance^4: of powers 2, 4, 6, 8 the best (ours).
@@ -193,12 +196,15 @@ def draw_columns(columns: list[tuple[str, Tensor]], times: slice, out, dpi: int 
 # ----------------------------------------------------------------------------- curves and classes
 
 
+NOT_DRAWN = "config torch constant_loss step epoch unreadable clips_per_s waiting_for_data".split()
+
+
 def plot_log(folder: Path) -> None:
     """Draw folder/loss.png from folder/log.jsonl: loss, learning rate and others, if any."""
     gc.collect()  # the last figure: they refer to themselves, and each would keep megabytes
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    known = ("loss", "lr", "top1", "alignment", "uniformity", "deviation", "features")
-    keys = [key for key in known if any(key in line for line in lines)]
+    known = {key for line in lines for key in line}
+    keys = ["loss", "lr", *sorted(known - {"loss", "lr", *NOT_DRAWN})]
     figure = Figure(figsize=(6, 2.3 * len(keys)), layout="constrained")
     axes = figure.subplots(len(keys), 1, sharex=True)
     for axis, key in zip(axes, keys, strict=True):
@@ -402,6 +408,9 @@ def main(argv: list[str]) -> None:
     if cfg.compare:
         compare(cfg.compare, out)
         return print(f"wrote {out}")
+    cfg = replace(cfg, mask=cfg.mask or about.get("mask", "tube"))
+    if cfg.mask not in MASKS:
+        raise ValueError(f"masking.py has no {cfg.mask} masks: choose others with --mask")
     if cfg.stats == "oracle" and not model.normalize:
         raise ValueError(f"{cfg.checkpoint} predicts pixels: leave out --stats oracle")
     model = speed.place(model, torch.device("cpu"))

@@ -44,7 +44,7 @@ class StageConfig:
 
 @dataclass
 class RunConfig(StageConfig):
-    """And those of a training."""
+    """StageConfig, and the flags of a training."""
 
     resume: bool = opt(False, "continue runs/NAME")
     compile: bool = opt(False, "torch.compile the model: a minute of waiting, then faster steps")
@@ -56,6 +56,8 @@ class RunConfig(StageConfig):
 def fit_to_set(preset: str, cfg, videos: int):
     """Recipe "own": a batch no larger than the set; what no flag gives is set for `steps` steps."""
     if preset != "own":
+        if cfg.steps != type(cfg).steps:
+            raise ValueError(f"--steps is for the recipe own: give {preset} --epochs")
         return cfg
     if videos < engine.processes():
         raise ValueError(f"{engine.processes()} processes, but {videos} videos: start fewer")
@@ -73,8 +75,8 @@ class Run:
 
     `stage` is the name of the script, `cfg` its hyper-parameters, `about` more for the checkpoint,
     such as the names of classes. A stage uses order, total and warmup (in steps), folder, log, and
-    net: the model as the loop calls it. What it puts into `more`, {name: tensor}, stands in the
-    next line of the log.
+    net: the model as the loop calls it. The next line of the log holds what it puts into `more`,
+    {name: tensor}, and what a model puts into its own `more`.
     """
 
     def __init__(self, stage, name, cfg, model, optimizer, videos, device, **about):
@@ -82,7 +84,7 @@ class Run:
         self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
         self.unreadable, self.more = {}, {}
         self.losses = []  # of the steps since the last line
-        self.asked = self.stop = 0  # a signal: that this process got, that all of them act on
+        self.asked = self.stop = 0  # a signal: what this process got, what all of them act on
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if cfg.warmup >= cfg.epochs:
@@ -271,7 +273,8 @@ class Run:
                 )
         clips = len(losses) * self.cfg.batch * self.cfg.repeats
         values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
-        values |= {name: float(value) for name, value in self.more.items()}
+        more = self.more | getattr(self.model, "more", {})
+        values |= {name: float(value) for name, value in more.items()}
         self.log.line(done, clips, **values, unreadable=len(self.unreadable))
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 They are worked examples. To try an idea of your own, subclass VideoMAE here, override `target`,
 `target_values`, `decode` or `forward`, and enter the class in MODELS: then it is a value of
-`pretrain.py --model`, and checkpoints, figures and fine-tuning know it.
+`pretrain.py --model`, and checkpoints and fine-tuning know it. Figures do where the target is pixels.
+With `needs_tubes = True`, only tube masks are allowed.
 """
 
 from functools import partial
@@ -30,6 +31,8 @@ class CenterFrame(VideoMAE):
 
     Needs tube masks: the masked places are the same at all time steps.
     """
+
+    needs_tubes = True
 
     def target_values(self) -> int:
         """One frame of a cube."""
@@ -85,9 +88,9 @@ class CrossAttention(Attention):
         q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
         q = F.linear(x, q_weight, self.q_bias)
         k, v = F.linear(context, k_weight), F.linear(context, v_weight, self.v_bias)
-        heads = partial(rearrange, pattern="b n (heads d) -> b heads n d", heads=self.heads)
+        heads = partial(rearrange, pattern="b n (heads e) -> b heads n e", heads=self.heads)
         x = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
-        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
+        return self.proj(rearrange(x, "b heads n e -> b n (heads e)"))
 
 
 class CrossBlock(Block):
@@ -131,6 +134,8 @@ class RunningCell(VideoMAE):
     Needs tube masks and a grid that such cells fill: t divides by 4, h and w by 2.
     """
 
+    needs_tubes = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         t, h, w = self.encoder.grid
@@ -157,7 +162,7 @@ class RunningCell(VideoMAE):
 
 def choose_model(name: str, mask: str, stride: int) -> type[VideoMAE]:
     """The class of --model. ValueError where --mask or --stride do not suit it."""
-    if name in ("center", "cell") and mask != "tube":
+    if getattr(MODELS[name], "needs_tubes", False) and mask != "tube":
         raise ValueError(f"--model {name} needs --mask tube")
     factor = MODELS[name].frame_factor
     if factor > 1 and (stride == 0 or stride % factor):

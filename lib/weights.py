@@ -74,7 +74,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     What is known is a dict with some of: the arguments of the model and "eps" (see build); "name",
     a key of MODELS; "classes", a list of names; "stride", "sampling", "augment" of its clips;
-    "data", "splits", "fold" and "missing", where those are from; "note", a remark for the report.
+    "data", "splits", "fold" and "missing", where those are from; "mask", a key of MASKS; "note", a
+    remark for the report.
     Nothing pickled is run. ValueError, in one line, for what cannot be read.
     """
     path = Path(path)
@@ -181,7 +182,7 @@ def about_ours(path: Path, content: dict) -> dict:
     if "flags" not in config:
         raise ValueError(f"{path} is a checkpoint of an older version, which cannot be read")
     flags, about = config["flags"], dict(config["model"])
-    said = (*CLIPS, "data", "splits", "fold", "missing")
+    said = (*CLIPS, "data", "splits", "fold", "missing", "mask")
     about |= {key: flags[key] for key in said if key in flags}
     if content["stage"] == "pretrain":
         about["name"] = flags["model"]

@@ -146,6 +146,15 @@ def test_contrastive_loss(change):
     assert model(video, mask)[0] != model(video, mask)[0]  # other halves each time
 
 
+def test_parts_of_a_loss_are_logged(change, monkeypatch, here):
+    change("Contrastive")
+    train(
+        monkeypatch, "pretrain", "toy", "--data", here, "--model", "contrastive", "--name", "parts"
+    )
+    lines = [json.loads(line) for line in open("runs/parts/log.jsonl")]
+    assert all({"pixels", "contrast"} <= line.keys() for line in lines if "loss" in line)
+
+
 def test_list_format(change, monkeypatch, here):
     """A table gives both stages the videos that the folder gives, and their classes."""
     import finetune

@@ -273,6 +273,8 @@ def test_own_videos_get_a_batch_and_steps_that_fit(here, monkeypatch, capsys):
     pretrain.main(["--data", "five", *small, "--steps", "2", "--micro", "2", "--name", "z"])
     flags = json.loads(open("runs/z/log.jsonl").readline())["config"]["flags"]
     assert (flags["batch"], flags["micro"], flags["epochs"]) == (4, 2, 2)
+    with pytest.raises(ValueError, match="--steps is for the recipe own: give toy --epochs"):
+        pretrain.main(["toy", "--data", "five", *small, "--steps", "3", "--name", "w"])
     monkeypatch.setattr(engine, "processes", lambda: 6)
     with pytest.raises(ValueError, match="6 processes, but 5 videos"):
         pretrain.fit_to_set("own", pretrain.Config(), 5)

@@ -17,7 +17,7 @@ from lib import engine
 from lib.variants import MODELS
 from lib.weights import build
 from masking import MASKS, tube_mask
-from model import patchify, split_tokens
+from model import VideoMAE, patchify, split_tokens
 from visualize import Config, class_accuracy, psnr, read_predictions, reconstruct, unpatchify
 
 GRID, CUBE = (2, 4, 4), (2, 8, 8)
@@ -171,11 +171,19 @@ def test_figure(tmp_path, drawn, capsys, stats, columns, mask_name, seed):
         assert found["oracle untrained"] > found["untrained"]
 
 
+class Difference(VideoMAE):
+    """Predict changes from frame to frame: as many numbers as a cube has, but no pixels."""
+
+    def target(self, video, masked):
+        return super().target(video.diff(dim=1, prepend=video[:, :1]), masked)
+
+
 def test_predictions_that_are_no_pixels(tmp_path, drawn, capsys):
     """Of a target of one's own: the end of its training is no error."""
     model, clip, _ = tiny()
-    model.forward = lambda video, mask: (None, torch.zeros(1, 24, 9))
-    visualize.draw_reconstructions(model, [clip], 1, Config(ratios=(0.75,)), tmp_path / "a.png")
+    model = build(Difference, model.config)
+    cfg = Config(ratios=(0.75,), mask="tube")
+    visualize.draw_reconstructions(model, [clip], 1, cfg, tmp_path / "a.png")
     assert capsys.readouterr().out.splitlines() == [
         "no figure: the predictions of this model are no pixels"
     ]
@@ -234,6 +242,27 @@ def test_which_clips(tmp_path, monkeypatch, capsys):
     del paths[1:]
     with pytest.raises(ValueError, match="no test video can be read: name some with --videos"):
         visualize.read_clips(Config(), model, about)
+
+
+def test_masks_are_those_of_the_training(tmp_path, monkeypatch):
+    """Unless a flag says otherwise. Weights of others say nothing: tubes."""
+    model, clip, _ = tiny()
+    drawn = []
+    monkeypatch.setattr(visualize, "read_clips", lambda cfg, model, about: [clip])
+    draw = lambda model, clips, few, cfg, out: drawn.append(cfg.mask)  # noqa: E731
+    monkeypatch.setattr(visualize, "draw_reconstructions", draw)
+    out = ["--out", str(tmp_path / "a.png")]
+    for about, flags in (
+        ({}, []),
+        ({"mask": "frame"}, []),
+        ({"mask": "frame"}, ["--mask", "random"]),
+    ):
+        monkeypatch.setattr(visualize, "load_model", lambda path, about=about: (model, about))
+        visualize.main([*out, *flags])
+    assert drawn == ["tube", "frame", "random"]
+    monkeypatch.setattr(visualize, "load_model", lambda path: (model, {"mask": "motion"}))
+    with pytest.raises(ValueError, match="no motion masks: choose others with --mask"):
+        visualize.main(out)
 
 
 def test_a_training_ends_well_without_a_figure(tmp_path, capsys):
