@@ -2,8 +2,8 @@
 
 They are worked examples. To try an idea of your own, subclass VideoMAE here, override `target`,
 `target_values`, `decode` or `forward`, and enter the class in MODELS: then it is a value of
-`pretrain.py --model`, and checkpoints and fine-tuning know it. Figures do where the target is pixels.
-With `needs_tubes = True`, only tube masks are allowed.
+`pretrain.py --model`, and checkpoints and fine-tuning know it. With `needs_tubes = True` it takes
+tube masks alone. A target that is pixels gets figures if PIXELS in visualize.py holds it.
 """
 
 from functools import partial
