@@ -15,42 +15,35 @@ def in_processes(work, items: list, processes: int, silence: float = 60):
     seconds, costs its one item. So a long film may take its time. An OSError, such as that of a
     full disk, would meet all items: it is raised here.
     """
-    waiting, busy = items[::-1], {}  # busy: pipe -> process, its item
-
-    def feed(pipe=None, process=None) -> None:
-        """Give the next item to a process, or to a new one; end it where there is no item left."""
-        if waiting and process is None:
-            pipe, there = multiprocessing.Pipe()
-            how = dict(target=_serve, args=(work, there, silence), daemon=True)
-            process = multiprocessing.Process(**how)
-            process.start()
-            there.close()  # so that the end of the process is the end of the pipe
-        if waiting:
-            busy[pipe] = process, waiting.pop()
-            pipe.send(busy[pipe][1])
-        elif process:
-            process.kill()
-
+    waiting, started, busy, idle = items[::-1], {}, {}, []  # pipe -> process, pipe -> item
     try:
-        for _ in range(max(1, processes)):
-            feed()
-        while busy:
+        while waiting or busy:
+            while waiting and len(busy) < max(1, processes):
+                if not idle:
+                    pipe, there = multiprocessing.Pipe()
+                    how = dict(target=_serve, args=(work, there, silence), daemon=True)
+                    started[pipe] = multiprocessing.Process(**how)
+                    started[pipe].start()
+                    there.close()  # so that the end of the process is the end of the pipe
+                    idle.append(pipe)
+                pipe = idle.pop()
+                busy[pipe] = waiting.pop()
+                pipe.send(busy[pipe])
             for pipe in wait(busy):
-                process, item = busy.pop(pipe)
+                item = busy.pop(pipe)
                 try:
                     result = pipe.recv()
+                    idle.append(pipe)
                 except (EOFError, OSError):
+                    process = started.pop(pipe)
                     process.join()
                     result = f"decoding it crashed, or gave no frame for {silence:.0f} s"
                     result += f" (exit code {process.exitcode})"
-                    pipe = process = None
                 if isinstance(result, OSError):
-                    process.kill()
                     raise result
-                feed(pipe, process)
                 yield item, result
     finally:
-        for process, _ in busy.values():
+        for process in started.values():
             process.kill()
 
 
