@@ -127,18 +127,6 @@ def nearly(path: Path) -> tuple[Path | None, str]:
     return first, differs
 
 
-def check_kind(split: Split, preset: str, data: str) -> None:
-    """ValueError where the recipe of UCF101 or HMDB51 meets the other's lists, or none.
-
-    Without lists, pre-training would take the test videos as well.
-    """
-    wanted = preset.removesuffix("-short")
-    if wanted in LISTS and split.kind not in (wanted, "list", "named list"):
-        found = f"the lists of {split.kind}" if split.kind else "no lists"
-        advice = f"name those of {wanted} with --splits; `python data.py check {wanted}` helps"
-        raise ValueError(f"{data} has {found}: {advice}")
-
-
 # Formats of your own: ending of a list's name -> its reader (data, list, fold, train) -> Split.
 READERS = {}
 

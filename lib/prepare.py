@@ -19,7 +19,7 @@ import av
 from data import TOY, TOY_FILMS, fitting_stride
 from lib import engine, lists
 from lib.annotations import brief, read_list
-from lib.lists import LISTS, Split, check_kind, listed, read_split, video_files
+from lib.lists import LISTS, Split, listed, read_split, video_files
 from lib.processes import in_processes
 from lib.toy import make_toy, make_toy_films
 from lib.video import LONG, Probe, played, shown, upright
@@ -28,11 +28,19 @@ from lib.video import LONG, Probe, played, shown, upright
 def training_videos(
     preset: str, data: str | None, splits: str | None, fold: int, missing="error", classes=None
 ) -> Split:
-    """The training videos, see read_split. The toy set is written where it is asked for."""
+    """The training videos, see read_split. The toy set is written where it is asked for.
+
+    ValueError where the recipe of UCF101 or HMDB51 meets the other's lists, or none: without lists,
+    pre-training would take the test videos as well.
+    """
     if data == TOY:
         engine.in_first_process(make_toy, TOY)
     split = read_split(data, splits, fold, missing=missing, classes_file=classes)
-    check_kind(split, preset, data)
+    wanted = preset.removesuffix("-short")
+    if wanted in LISTS and split.kind not in (wanted, "list", "named list"):
+        found = f"the lists of {split.kind}" if split.kind else "no lists"
+        advice = f"name those of {wanted} with --splits; `python data.py check {wanted}` helps"
+        raise ValueError(f"{data} has {found}: {advice}")
     return split
 
 
