@@ -41,7 +41,7 @@ from lib.engine import opt
 from lib.evaluate import each_video
 from lib.run import Run, fit_to_set
 from lib.toy import make_toy_films
-from lib.video import Probe, identity, played, read_frames, shown
+from lib.video import identity, length, read_frames, shown
 from lib.weights import grid_of, interpolate
 from model import IMAGENET_MEAN, Classifier, Encoder
 
@@ -125,14 +125,7 @@ class Detector(Classifier):
 # ------------------------------------------------------------------------------------------- data
 
 
-@cache
-def frame_rate(path: Path) -> float:
-    """Frames per second of a file, on average. ValueError where it does not say."""
-    about = Probe()
-    next(played(path, about))
-    if not about.rate:
-        raise ValueError(f"{shown(path)} does not say how many frames a second has")
-    return about.rate
+film_length = cache(length)  # once per film and process
 
 
 def read_second(path: Path, second: int, cfg: Config) -> Tensor:
@@ -140,19 +133,15 @@ def read_second(path: Path, second: int, cfg: Config) -> Tensor:
 
     ValueError where the file cannot be read, or has no such second.
     """
-    middle, totals = int((second - cfg.begin) * frame_rate(path) + 1e-6), []
-    around = [middle + (i - cfg.frames // 2) * cfg.stride for i in range(cfg.frames)]
-
-    def pick(total: int) -> list[int]:
-        totals.append(total)
-        return [min(max(i, 0), total - 1) for i in around]
-
-    frames = read_frames(path, pick)
-    if second < cfg.begin or middle >= totals[-1]:
-        end = cfg.begin + totals[-1] / frame_rate(path)
-        has = f"it has seconds {cfg.begin:g} (--begin) to {end:.1f}"
+    total, rate = film_length(path)
+    if not rate:
+        raise ValueError(f"{shown(path)} does not say how many frames a second has")
+    middle = int((second - cfg.begin) * rate + 1e-6)
+    if second < cfg.begin or middle >= total:
+        has = f"it has seconds {cfg.begin:g} (--begin) to {cfg.begin + total / rate:.1f}"
         raise ValueError(f"{shown(path)}: there is no second {second}, {has}")
-    return frames
+    around = [middle + (i - cfg.frames // 2) * cfg.stride for i in range(cfg.frames)]
+    return read_frames(path, lambda total: [min(max(i, 0), total - 1) for i in around])
 
 
 def in_pixels(boxes: Iterable[ava.Box], frames: Tensor) -> tv_tensors.BoundingBoxes:

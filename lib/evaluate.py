@@ -30,7 +30,7 @@ from lib import engine
 from lib.annotations import ENDINGS, ending, read_names
 from lib.lists import listed, missing_videos, relabel, video_files
 from lib.run import Run
-from lib.video import Probe, identity, played, read_frames, shown
+from lib.video import identity, length, read_frames, shown
 
 # A video; or `frames` frames of it from number `first` on, at second `start`.
 Window = namedtuple("Window", "path start first frames", defaults=(0, 0, 0))
@@ -70,17 +70,15 @@ def cut(path: Path, every: float | None) -> list[Window]:
     Second s is frame floor(s * rate), where `rate` is the file's average of frames per second. One
     window, if `every` is None, the file cannot be read, or, with a note, if it says no rate.
     """
-    about, totals = Probe(), []
+    total = rate = 0
     if every:
         with suppress(ValueError):  # scoring it says why
-            next(played(path, about))
-            read_frames(path, lambda total: totals.append(total) or [0])
-    if not totals or not about.rate:
-        if totals:
-            Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
+            total, rate = length(path)
+    if total and not rate:
+        Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
+    if not rate:
         return [Window(path)]
-    # The last one: where only decoding tells the number of frames, a guess comes before.
-    total, step = totals[-1], max(every * about.rate, 1)
+    step = max(every * rate, 1)
     firsts = [int(k * step) for k in range(math.ceil(total / step))]
     parts = enumerate(pairwise([*firsts, total]))
     return [Window(path, k * every, first, end - first) for k, (first, end) in parts]

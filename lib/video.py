@@ -56,6 +56,17 @@ def read_frames(path: str | Path, pick: list[int] | Callable[[int], list[int]]) 
     return torch.from_numpy(clip.pixels).permute(0, 3, 1, 2)
 
 
+def length(path: str | Path) -> tuple[int, float]:
+    """(how many frames a file shows, frames per second on average; 0: the file does not say).
+
+    Raises ValueError as read_frames does.
+    """
+    found, totals = Probe(), []
+    next(played(path, found))
+    read_frames(path, lambda total: totals.append(total) or [0])
+    return totals[-1], found.rate  # where only decoding tells the number, a guess comes first
+
+
 @dataclass
 class Probe:
     """What decoding a whole file finds."""

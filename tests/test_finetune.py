@@ -463,7 +463,7 @@ def test_a_film_that_must_be_decoded_to_count_is_cut_whole(tmp_path, monkeypatch
             (1, 25, 25),
             (2, 50, 10),
         ]
-    monkeypatch.setattr(evaluate, "played", lambda path, about: iter([None]))  # it says no rate
+    monkeypatch.setattr(evaluate, "length", lambda path: (60, 0.0))  # it says no rate
     assert evaluate.cut(film, 1.0) == [(film, 0, 0, 0)]
     assert "says no frame rate" in capsys.readouterr().out
 
