@@ -191,16 +191,12 @@ def relabel(split: Split, classes: list[str], whose: str) -> Split:
 # ---------------------------------------------------------------------------------------- folders
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is not the user's own: ._x of macOS, .x, __MACOSX, Thumbs.db ..."""
-    return name.startswith(".") or name.lower() in SYSTEM
-
-
 def video_files(data: Path) -> tuple[list[Path], list[str]]:
     """(all videos below a folder by their endings, notes on what was passed over).
 
     Links to folders are followed, but not to one that is read already, nor to one around it.
     """
+    hidden = lambda name: name.startswith(".") or name.lower() in SYSTEM
     root, seen = os.path.realpath(data), set()
     folders, links, videos, others = [str(data)], [], [], []
     while folders or links:
@@ -262,7 +258,7 @@ def _read_file(data: Path, file: Path) -> Split:
 def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
     if os.path.isfile(splits / "classInd.txt"):
         name, (classes, parts) = "ucf101", _read_ucf101(splits, fold)
-    elif any(not hidden(file.name) for file in splits.glob("*_test_split?.txt")):
+    elif any(splits.glob("[!.]*_test_split?.txt")):  # but ._x of macOS
         name, (classes, parts) = "hmdb51", _read_hmdb51(splits, fold)
     else:
         kinds = "classInd.txt (UCF101) nor *_test_split1.txt (HMDB51)"
@@ -304,7 +300,7 @@ def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[st
 
 def _read_hmdb51(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
     suffix = f"_test_split{fold}.txt"
-    files = sorted(file for file in splits.glob("*" + suffix) if not hidden(file.name))
+    files = sorted(splits.glob("[!.]*" + suffix))
     if not files:
         raise ValueError(f"no files *{suffix} in {splits}")
     classes, parts = [file.name.removesuffix(suffix) for file in files], [[], [], []]
