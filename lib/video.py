@@ -202,9 +202,8 @@ class _Clip:
         if index not in self.missing:
             return
         width, height = self.size
-        rgb = self.reformatter.reformat(frame, width, height, format="rgb24", threads=1).planes[0]
-        image = np.ndarray((height, width, 3), np.uint8, rgb, strides=(rgb.line_size, 3, 1))
-        image = upright(image, frame)
+        rgb = self.reformatter.reformat(frame, width, height, format="rgb24", threads=1)
+        image = upright(rgb.to_ndarray(), frame)
         if self.pixels is None:
             self.pixels = np.empty((len(self.wanted), *image.shape), np.uint8)
         self.pixels[[number == index for number in self.wanted]] = image
