@@ -137,8 +137,7 @@ def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 def shown(path: str | Path) -> str:
     """A path for a line of text: what would break the line or is no text is escaped."""
     plain = lambda sign: sign.isprintable() or sign in "\xa0\u3000"  # these two are spaces
-    escaped = lambda sign: sign.encode("unicode_escape").decode()
-    return "".join(sign if plain(sign) else escaped(sign) for sign in str(path))
+    return "".join(sign if plain(sign) else ascii(sign)[1:-1] for sign in str(path))
 
 
 def identity(path: str | Path) -> str:
