@@ -197,26 +197,24 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
     Links to folders are followed, but not to one that is read already, nor to one around it.
     """
     hidden = lambda name: name.startswith(".") or name.lower() in SYSTEM
-    root, seen = os.path.realpath(data), set()
-    folders, links, videos, others = [str(data)], [], [], []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)  # folders first: they name the class
-        real = os.path.realpath(folder)
-        if real in seen or (real != root and root.startswith(os.path.join(real, ""))):
-            others.append(Path(folder))
-            continue
-        seen.add(real)
-        try:
-            entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
-        except OSError as error:  # leave nothing out silently
-            raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if os.path.isdir(entry):
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif ending(entry.name) in annotations.ENDINGS and os.path.isfile(entry):
-                videos.append(Path(entry.path))
-            else:
-                others.append(Path(entry.path))
+    root, seen, places, videos, others = os.path.realpath(data), set(), [data], [], []
+
+    def refuse(error: OSError):  # leave nothing out silently
+        raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
+
+    for place in places:  # it gets longer: linked folders come last, as the others name the class
+        for folder, folders, files in os.walk(place, onerror=refuse):
+            real = os.path.realpath(folder)
+            if real in seen or (real != root and root.startswith(os.path.join(real, ""))):
+                others.append(Path(folder))
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not hidden(name))
+            places += filter(os.path.islink, [Path(folder, name) for name in folders])
+            for path in [Path(folder, name) for name in files if not hidden(name)]:
+                video = ending(path.name) in annotations.ENDINGS and os.path.isfile(path)
+                (videos if video else others).append(path)
     notes, names = [], [os.path.relpath(path, data) for path in sorted(others)]
     if others:
         few = brief(", ".join(names[:3])) + " ..." * (len(names) > 3)
