@@ -285,11 +285,10 @@ class Videos(Dataset):
 
     def augment(self, index: int, frames: Tensor) -> tuple[Tensor, int]:
         """Frames of video `index` -> clips (R, T, C, H, W), label."""
-        clips = [tv_tensors.Video(clip) for clip in frames.chunk(self.repeats)]
         several = isinstance(self.transform, list)
         transforms = self.transform if several else [self.transform] * self.repeats
-        pairs = zip(transforms, clips, strict=True)
-        clips = [transform(clip).as_subclass(Tensor) for transform, clip in pairs]
+        pairs = zip(transforms, frames.chunk(self.repeats), strict=True)
+        clips = [apply(tv_tensors.Video(clip)).as_subclass(Tensor) for apply, clip in pairs]
         return torch.stack(clips), self.split.labels[index]
 
 

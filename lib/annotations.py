@@ -64,8 +64,7 @@ def list_lines(path: Path) -> dict[int, str]:
         zero = f"a zero at character {text.index(chr(0))}"
         raise ValueError(f"{path} is not a text file ({zero}): save it as UTF-8")
     lines = re.split("\r\n|\r|\n", text)  # of Unix, Windows and old Macs
-    lines = {number: line.strip(" \t") for number, line in enumerate(lines, 1)}
-    return {number: line for number, line in lines.items() if line}
+    return {number: text for number, line in enumerate(lines, 1) if (text := line.strip(" \t"))}
 
 
 def frames_line(data: Path, folder: Path) -> str:

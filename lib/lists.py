@@ -143,9 +143,8 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
         raise ValueError(f"no file or folder {splits}: {want}")
     if fold not in (1, 2, 3):
         raise ValueError(f"no fold {fold}: the official splits are 1, 2 and 3")
-    if splits is None:
-        official = (data / name for name in LISTS.values() if os.path.isdir(data / name))
-        splits = next(official, None)
+    official = (data / name for name in LISTS.values() if os.path.isdir(data / name))
+    splits = splits or next(official, None)
     if splits is None:
         found = _read_folder(data)
     elif os.path.isdir(splits):
