@@ -253,6 +253,7 @@ def read_names(file: str | Path) -> list[str]:
     file = Path(file).expanduser()
     if file.suffix.lower() == ".json":
         found = _load(file)
+        found = found if isinstance(found, dict | list) else []
         names = found.items() if isinstance(found, dict) else ((x, i) for i, x in enumerate(found))
         pairs = [(number, str(name)) for name, number in names]
     else:

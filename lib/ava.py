@@ -131,8 +131,8 @@ def read_excluded(path: Path) -> set[Frame]:
 def _rows(path: Path, least: int, rest: str) -> Iterator[tuple[str, Frame, Box, list[str]]]:
     """Yield (where the line is, frame, box, further columns); `least` columns, named by `rest`."""
     lines = list_lines(path)
-    for number, cells in zip(lines, csv.reader(lines.values()), strict=True):
-        where = f"{path}: line {number} '{brief(lines[number])}'"
+    for number, line in lines.items():
+        where, cells = f"{path}: line {number} '{brief(line)}'", next(csv.reader([line]))
         try:
             video, second, *box = cells[0], int(cells[1]), *map(float, cells[2:6])
         except (ValueError, IndexError):

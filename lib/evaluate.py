@@ -52,7 +52,7 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
                     videos, notes = video_files(path)
                     errors += [] if videos else [f"{shown(path)}: no videos"]
                 elif other and np.fromfile(path, np.uint8, 4096).all():  # videos have zeros
-                    folders = filter(os.path.isdir, [data or "", path.parent])
+                    folders = filter(os.path.isdir, [os.path.expanduser(data or ""), path.parent])
                     splits = [listed(folder, path, 1, train=False) for folder in folders]
                     split = min(splits, key=lambda split: len(missing_videos(split.paths)[0]))
                     videos, notes = split.paths, split.notes
@@ -78,6 +78,7 @@ def cut(path: Path, every: float | None) -> list[Window]:
         Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
     if not rate:
         return [Window(path)]
+    every = max(every, 1 / rate)
     step = max(every * rate, 1)
     firsts = [int(k * step) for k in range(math.ceil(total / step))]
     parts = enumerate(pairwise([*firsts, total]))

@@ -221,7 +221,7 @@ def prepare(
     lines = train.kind.endswith("list") and Path(splits).suffix.lower() not in others
     listed_names = read_list(data, Path(splits))[0] if lines else []
     for name in [*names, *(name for name in listed_names if isinstance(name, str))]:
-        if name.startswith("..") or os.path.isabs(name):
+        if ".." in Path(name).parts or os.path.isabs(name):
             raise ValueError(f"{brief(name)} is listed: list paths relative to --data, within it")
     size = out / ".short-side"
     if out.is_dir() and any(out.iterdir()):

@@ -240,6 +240,9 @@ def test_classes_get_their_names_from_a_file(read, tmp_path, capsys):
         assert read("v0.mp4 run fast\n", classes_file=file)[1] == [1]
     (tmp_path / "list.json").write_text('["walk", "run"]')
     assert read_names(tmp_path / "list.json") == ["walk", "run"]
+    (tmp_path / "list.json").write_text("3")
+    with pytest.raises(ValueError, match="does not name the classes"):
+        read_names(tmp_path / "list.json")
     (tmp_path / "list.json").write_text('["walk", "run", "walk"]')
     with pytest.raises(ValueError, match="does not name the classes"):
         read_names(tmp_path / "list.json")

@@ -467,9 +467,10 @@ def test_places_that_are_refused(source, tmp_path):
     (tmp_path / "full" / "a.txt").touch()
     with pytest.raises(ValueError, match="holds other files, or videos with another --short-side"):
         prepared(source, tmp_path / "full")
-    (tmp_path / "list.txt").write_text(f"{source}/run/a.mp4 0\n")
-    with pytest.raises(ValueError, match="list paths relative to --data, within it"):
-        prepared(source, tmp_path / "out", splits=tmp_path / "list.txt")
+    for name in (f"{source}/run/a.mp4", "walk/../run/a.mp4"):
+        (tmp_path / "list.txt").write_text(f"{name} 0\n")
+        with pytest.raises(ValueError, match="list paths relative to --data, within it"):
+            prepared(source, tmp_path / "out", splits=tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize(
