@@ -63,8 +63,7 @@ def main(argv: list[str]) -> None:
     sums, counts = Counter(), Counter()
     for number, path in enumerate(read_split(cfg.data, cfg.splits).paths):
         clip = visualize.load_clip(path, frames, size, about["stride"])
-        generator = torch.Generator()
-        generator.manual_seed(engine.derive_seed("figure", cfg.seed, number))
+        generator = torch.Generator().manual_seed(engine.derive_seed("figure", cfg.seed, number))
         mask = MASKS[cfg.mask](clip, model.encoder.grid, cfg.ratio, generator)
         original, hidden, made = visualize.reconstruct(model, clip, mask)
         for part, where in still_and_moving(original, model.encoder.cube).items():

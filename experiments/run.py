@@ -22,7 +22,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -65,12 +65,7 @@ class Job:
         return about["chain"] == self.chain and about["ended"] and self.product.exists()
 
 
-STAGES = {
-    "pretrain.py": pretrain,
-    "contrast.py": contrast,
-    "finetune.py": finetune,
-    "linprobe.py": linprobe,
-}
+STAGES = {f"{stage.__name__}.py": stage for stage in (pretrain, contrast, finetune, linprobe)}
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # models are narrow: lib/speed.py
 PRODUCTS = {"pretrain.py": "reconstruction.png", "contrast.py": "checkpoint.pt"}
 
@@ -209,10 +204,7 @@ def measure(name: str, folds: list[int]) -> dict:
     """An experiment as report takes it, with those of the folds that are complete."""
     found = EXPERIMENTS[name]
     jobs = {fold: {cell: jobs_of(cell, fold) for *_, cell in found["rows"]} for fold in folds}
-    distinct = {  # nothing twice
-        fold: list({job.name: job for of_cell in cells.values() for job in of_cell}.values())
-        for fold, cells in jobs.items()
-    }
+    distinct = {fold: [*chain(*groups_of([name], fold))] for fold in folds}
     complete = [fold for fold in folds if all(job.done() for job in distinct[fold])]
 
     def minutes(jobs: list[Job]) -> float:
