@@ -216,15 +216,6 @@ def page_text(found: dict, name: str) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def write_page(found: dict, page: Path) -> None:
-    """Write an experiment's page: page.json, page.md and page.png."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    plot(found, page.with_suffix(".png"))
-    page.with_suffix(".md").write_text(page_text(found, page.name))
-    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"wrote {page}.md, .png and .json: {len(found['folds'])} folds")
-
-
 def made_by(found: dict) -> list:
     """What an experiment's numbers depend on, besides folds."""
     return [found["commands"], found["recipes"], sorted(row["cell"] for row in found["rows"])]
@@ -249,7 +240,7 @@ def with_folds(found: dict, old: dict) -> dict:
 
 
 def update_page(found: dict, page: Path) -> dict:
-    """Write a page if there is something new. Returns the experiment as the page now holds it.
+    """Write page.json, .md and .png if there is something new. Returns what the page now holds.
 
     Folds that the page has already stay in it. Where it was made by other cells, commands or
     recipes, the one with more folds stays.
@@ -262,7 +253,11 @@ def update_page(found: dict, page: Path) -> dict:
         print(f"{page}.md is of other commands or recipes and of more folds: kept")
         return old
     if found["folds"] and found != old:
-        write_page(found, page)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        plot(found, page.with_suffix(".png"))
+        page.with_suffix(".md").write_text(page_text(found, page.name))
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {page}.md, .png and .json: {len(found['folds'])} folds")
     return found
 
 
