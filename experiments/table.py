@@ -98,7 +98,7 @@ SCRATCH = {  # in place of weights
 }
 
 
-def on_ucf(pre: str, how: str = "tuned") -> str:
+def ucf(pre: str, how: str = "tuned") -> str:
     """A cell that is tested on ucf101_5."""
     return f"{pre}:ucf101_5-{how}"
 
@@ -197,17 +197,9 @@ EXPERIMENTS = {
     "labels10": dict(
         title="Ten labels per class, ucf101_5",
         note="Pre-training sees all training clips of its fold. Then come 60 epochs.",
-        rows=[
-            ("fine-tuned", None, on_ucf("ucf101_5", "few")),
-            ("scratch", None, on_ucf("none", "few")),
-        ],
+        rows=[("fine-tuned", None, ucf("ucf101_5", "few")), ("scratch", None, ucf("none", "few"))],
         claims=[
-            (
-                "fine-tuning beats scratch",
-                NOT_THEIRS,
-                on_ucf("ucf101_5", "few"),
-                on_ucf("none", "few"),
-            )
+            ("fine-tuning beats scratch", NOT_THEIRS, ucf("ucf101_5", "few"), ucf("none", "few"))
         ],
     ),
     "augmented": dict(
@@ -216,47 +208,39 @@ EXPERIMENTS = {
         "recipe own, with 10 labels per class about as many. The paper's numbers are of all of "
         "UCF101.",
         rows=[
-            ("fine-tuned", 91.3, on_ucf("ucf101_5", "own")),
-            ("scratch", 51.4, on_ucf("none", "own")),
-            ("fine-tuned, 10 labels", None, on_ucf("ucf101_5", "own-few")),
-            ("scratch, 10 labels", None, on_ucf("none", "own-few")),
+            ("fine-tuned", 91.3, ucf("ucf101_5", "own")),
+            ("scratch", 51.4, ucf("none", "own")),
+            ("fine-tuned, 10 labels", None, ucf("ucf101_5", "own-few")),
+            ("scratch, 10 labels", None, ucf("none", "own-few")),
         ],
         claims=[
-            ("fine-tuning beats scratch", 39.9, on_ucf("ucf101_5", "own"), on_ucf("none", "own")),
-            (
-                "with 10 labels, too",
-                NOT_THEIRS,
-                on_ucf("ucf101_5", "own-few"),
-                on_ucf("none", "own-few"),
-            ),
+            ("fine-tuning beats scratch", 39.9, ucf("ucf101_5", "own"), ucf("none", "own")),
+            ("with 10 labels, too", NOT_THEIRS, ucf("ucf101_5", "own-few"), ucf("none", "own-few")),
         ],
     ),
     "table1a": dict(
         title="Table 1a: decoder depth",
         note=f"{HOW} The encoder has 4 blocks, the paper's 12. {SSV2}",
-        rows=[("1 block", 68.5, on_ucf("epochs120")), ("4 blocks", 69.6, on_ucf("depth4"))],
+        rows=[("1 block", 68.5, ucf("epochs120")), ("4 blocks", 69.6, ucf("depth4"))],
     ),
     "table1b": dict(
         title="Table 1b: masking",
         note=f"{HOW} {SSV2} Its row of tubes at 75 % is in Figure 3.",
         rows=[
-            ("tube 90 %", 69.6, on_ucf("epochs120")),
-            ("random 90 %", 68.3, on_ucf("random90")),
-            ("frame 87.5 %", 61.5, on_ucf("frame87")),
+            ("tube 90 %", 69.6, ucf("epochs120")),
+            ("random 90 %", 68.3, ucf("random90")),
+            ("frame 87.5 %", 61.5, ucf("frame87")),
         ],
     ),
     "table1c": dict(
         title="Table 1c: target",
         note=f"{HOW} {SSV2}",
-        rows=[
-            ("the central frame", 63.0, on_ucf("center")),
-            ("the clip", 69.6, on_ucf("epochs120")),
-        ],
+        rows=[("the central frame", 63.0, ucf("center")), ("the clip", 69.6, ucf("epochs120"))],
     ),
     "table1f": dict(
         title="Table 1f: loss",
         note=f"{HOW} {SSV2}",
-        rows=[("L1", 69.1, on_ucf("l1")), ("MSE", 69.6, on_ucf("epochs120"))],
+        rows=[("L1", 69.1, ucf("l1")), ("MSE", 69.6, ucf("epochs120"))],
     ),
     "table2": dict(
         title="Table 2: fewer videos",
@@ -265,24 +249,19 @@ EXPERIMENTS = {
         "UCF101 (9.5k).",
         axis="videos, all labelled",
         rows=[
-            ("280, VideoMAE", 80.0, on_ucf("epochs120")),
-            ("50, VideoMAE", 91.3, on_ucf("videos50", "few")),
-            ("280, scratch", 68.8, on_ucf("none")),
-            ("50, scratch", 51.4, on_ucf("none", "few")),
+            ("280, VideoMAE", 80.0, ucf("epochs120")),
+            ("50, VideoMAE", 91.3, ucf("videos50", "few")),
+            ("280, scratch", 68.8, ucf("none")),
+            ("50, scratch", 51.4, ucf("none", "few")),
         ],
         claims=[
-            ("it helps with 240k videos (ours 280)", 11.2, on_ucf("epochs120"), on_ucf("none")),
-            (
-                "it helps with 9.5k (ours 50)",
-                39.9,
-                on_ucf("videos50", "few"),
-                on_ucf("none", "few"),
-            ),
+            ("it helps with 240k videos (ours 280)", 11.2, ucf("epochs120"), ucf("none")),
+            ("it helps with 9.5k (ours 50)", 39.9, ucf("videos50", "few"), ucf("none", "few")),
             (
                 "it helps more with fewer",
                 28.7,
-                f"{on_ucf('videos50', 'few')} + {on_ucf('none')}",
-                f"{on_ucf('none', 'few')} + {on_ucf('epochs120')}",
+                f"{ucf('videos50', 'few')} + {ucf('none')}",
+                f"{ucf('none', 'few')} + {ucf('epochs120')}",
             ),
         ],
     ),
@@ -292,19 +271,19 @@ EXPERIMENTS = {
         "numbers.",
         axis=MINUTES,
         rows=[
-            ("240 epochs, fine-tuned", 69.6, on_ucf("ucf101_5")),
-            ("120 epochs, fine-tuned", None, on_ucf("epochs120")),
-            ("60 epochs, fine-tuned", None, on_ucf("epochs60")),
-            ("none, fine-tuned", 32.6, on_ucf("none")),
-            ("240 epochs, probe", 38.9, on_ucf("ucf101_5", "probe")),
-            ("120 epochs, probe", None, on_ucf("epochs120", "probe")),
-            ("60 epochs, probe", None, on_ucf("epochs60", "probe")),
-            ("none, probe", None, on_ucf("none", "probe")),
+            ("240 epochs, fine-tuned", 69.6, ucf("ucf101_5")),
+            ("120 epochs, fine-tuned", None, ucf("epochs120")),
+            ("60 epochs, fine-tuned", None, ucf("epochs60")),
+            ("none, fine-tuned", 32.6, ucf("none")),
+            ("240 epochs, probe", 38.9, ucf("ucf101_5", "probe")),
+            ("120 epochs, probe", None, ucf("epochs120", "probe")),
+            ("60 epochs, probe", None, ucf("epochs60", "probe")),
+            ("none, probe", None, ucf("none", "probe")),
         ],
         claims=[
-            ("fine-tuning beats the probe", 30.7, on_ucf("ucf101_5"), on_ucf("ucf101_5", "probe")),
-            ("240 epochs beat 120", None, on_ucf("ucf101_5"), on_ucf("epochs120")),
-            ("120 epochs beat 60", None, on_ucf("epochs120"), on_ucf("epochs60")),
+            ("fine-tuning beats the probe", 30.7, ucf("ucf101_5"), ucf("ucf101_5", "probe")),
+            ("240 epochs beat 120", None, ucf("ucf101_5"), ucf("epochs120")),
+            ("120 epochs beat 60", None, ucf("epochs120"), ucf("epochs60")),
         ],
     ),
     "table4": dict(
@@ -312,17 +291,17 @@ EXPERIMENTS = {
         note="Fine-tuned on the second set. The paper's numbers are of UCF101. Its other set is "
         "Kinetics-400, of 240k videos.",
         rows=[
-            ("ucf101_5 to ucf101_5", 91.3, on_ucf("ucf101_5")),
-            ("tennis7 (theirs: K400) to ucf101_5", 96.1, on_ucf("tennis7")),
-            ("none to ucf101_5", 51.4, on_ucf("none")),
+            ("ucf101_5 to ucf101_5", 91.3, ucf("ucf101_5")),
+            ("tennis7 (theirs: K400) to ucf101_5", 96.1, ucf("tennis7")),
+            ("none to ucf101_5", 51.4, ucf("none")),
             ("tennis7 to tennis7", None, "tennis7:tennis7-tuned"),
             ("ucf101_5 to tennis7", None, "ucf101_5:tennis7-tuned"),
             ("none to tennis7", None, "none:tennis7-tuned"),
         ],
         claims=[
-            ("tennis7 helps ucf101_5", 44.7, on_ucf("tennis7"), on_ucf("none")),
+            ("tennis7 helps ucf101_5", 44.7, ucf("tennis7"), ucf("none")),
             ("ucf101_5 helps tennis7", None, "ucf101_5:tennis7-tuned", "none:tennis7-tuned"),
-            ("own clips help ucf101_5 more", NOT_THEIRS, on_ucf("ucf101_5"), on_ucf("tennis7")),
+            ("own clips help ucf101_5 more", NOT_THEIRS, ucf("ucf101_5"), ucf("tennis7")),
             (
                 "own clips help tennis7 more",
                 NOT_THEIRS,
@@ -336,42 +315,37 @@ EXPERIMENTS = {
         note=f"{HOW} Of 64 places, 16, 7 and 4 stay visible. {SSV2} It prints none for 95 %.",
         axis="tokens hidden by tubes, %",
         rows=[
-            ("75", 68.0, on_ucf("tube75")),
-            ("90", 69.6, on_ucf("epochs120")),
-            ("95", None, on_ucf("tube95")),
+            ("75", 68.0, ucf("tube75")),
+            ("90", 69.6, ucf("epochs120")),
+            ("95", None, ucf("tube95")),
         ],
-        claims=[("90 % beats 75 %", 1.6, on_ucf("epochs120"), on_ucf("tube75"))],
+        claims=[("90 % beats 75 %", 1.6, ucf("epochs120"), ucf("tube75"))],
     ),
     "figure4": dict(
         title="Figure 4: a part of the videos",
         note=f"{HOW} 18 % are 10 videos per class. {SSV2} Its part is a quarter, 42k videos.",
         axis="videos, %",
         rows=[
-            ("100, same steps", 69.6, on_ucf("epochs120")),
-            ("18, same steps", 68.7, on_ucf("videos50")),
-            ("100, same epochs", 69.6, on_ucf("epochs120")),
-            ("18, same epochs", None, on_ucf("videos50-epochs120")),
+            ("100, same steps", 69.6, ucf("epochs120")),
+            ("18, same steps", 68.7, ucf("videos50")),
+            ("100, same epochs", 69.6, ucf("epochs120")),
+            ("18, same epochs", None, ucf("videos50-epochs120")),
         ],
         claims=[
-            ("all beat a part", 0.9, on_ucf("epochs120"), on_ucf("videos50")),
-            ("a part: longer helps", None, on_ucf("videos50"), on_ucf("videos50-epochs120")),
+            ("all beat a part", 0.9, ucf("epochs120"), ucf("videos50")),
+            ("a part: longer helps", None, ucf("videos50"), ucf("videos50-epochs120")),
         ],
     ),
     "figure7": dict(
         title="Figures 7, 8: gains per class",
         note="Over scratch, of equal epochs; the paper's are over image pre-training.",
         rows=[
-            (name + how, None, f"{on_ucf(pre)}@{number}")
+            (name + how, None, f"{ucf(pre)}@{number}")
             for number, name in enumerate(CLASSES)
             for pre, how in (("ucf101_5", ""), ("none", ", scratch"))
         ],
         claims=[
-            (
-                f"{name} gains",
-                NOT_THEIRS,
-                f"{on_ucf('ucf101_5')}@{number}",
-                f"{on_ucf('none')}@{number}",
-            )
+            (f"{name} gains", NOT_THEIRS, f"{ucf('ucf101_5')}@{number}", f"{ucf('none')}@{number}")
             for number, name in enumerate(CLASSES)
         ],
     ),
