@@ -8,7 +8,7 @@ third that changes most ("moving").
 """
 
 import json
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,19 +60,17 @@ def main(argv: list[str]) -> None:
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     model, about = load_model(cfg.checkpoint)
     frames, size, _ = model.encoder.video_size
-    sums, counts = Counter(), Counter()
+    scores = defaultdict(list)
     for number, path in enumerate(read_split(cfg.data, cfg.splits).paths):
         clip = visualize.load_clip(path, frames, size, about["stride"])
         generator = torch.Generator().manual_seed(engine.derive_seed("figure", cfg.seed, number))
         mask = MASKS[cfg.mask](clip, model.encoder.grid, cfg.ratio, generator)
         original, hidden, made = visualize.reconstruct(model, clip, mask)
         for part, where in still_and_moving(original, model.encoder.cube).items():
-            if not (hidden & where).any():
-                continue
-            for key in ("model", "nearest"):
-                sums[f"{key} {part}"] += visualize.psnr(made[key], original, hidden & where)
-                counts[f"{key} {part}"] += 1
-    psnr = {key: total / counts[key] for key, total in sums.items()}
+            where = where & hidden
+            for key in ("model", "nearest") if where.any() else ():
+                scores[f"{key} {part}"].append(visualize.psnr(made[key], original, where))
+    psnr = {key: sum(values) / len(values) for key, values in scores.items()}
     engine.write_whole(cfg.out, json.dumps({"mask": cfg.mask, "psnr": psnr}, indent=1) + "\n")
     print(f"wrote {cfg.out}")
 

@@ -97,10 +97,7 @@ def claims_of(found: dict) -> list[tuple[str, float | str | None, list[float]]]:
             text = f"{best['label']}: better than {row['label']}"
             claims.append((text, best["paper"] - row["paper"], best["cell"], row["cell"]))
     ours = {row["cell"]: np.array(row["ours"]) for row in found["rows"]}
-
-    def total(cells: str) -> np.ndarray:
-        return sum(ours[cell] for cell in cells.split(" + "))
-
+    total = lambda cells: sum(ours[cell] for cell in cells.split(" + "))
     return [(text, gap, (total(a) - total(b)).tolist()) for text, gap, a, b in claims]
 
 

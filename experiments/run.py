@@ -206,13 +206,8 @@ def measure(name: str, folds: list[int]) -> dict:
     jobs = {fold: {cell: jobs_of(cell, fold) for *_, cell in found["rows"]} for fold in folds}
     distinct = {fold: [*chain(*groups_of([name], fold))] for fold in folds}
     complete = [fold for fold in folds if all(job.done() for job in distinct[fold])]
-
-    def minutes(jobs: list[Job]) -> float:
-        return sum(job.about()["seconds"] for job in jobs) / 60
-
-    def of_all(fold: int, key: str) -> list[str]:
-        return sorted({value for job in distinct[fold] for value in job.about()[key]})
-
+    minutes = lambda jobs: sum(job.about()["seconds"] for job in jobs) / 60
+    of_all = lambda key, jobs: sorted({value for job in jobs for value in job.about()[key]})
     rows = []
     for label, paper, cell in found["rows"]:
         each = [jobs[fold][cell] for fold in complete]
@@ -227,8 +222,8 @@ def measure(name: str, folds: list[int]) -> dict:
         commands=list(dict.fromkeys(" ".join(job.argv) for job in shown)),
         folds=complete,
         minutes=[minutes(distinct[fold]) for fold in complete],
-        machines=[of_all(fold, "machines") for fold in complete],
-        commits=[of_all(fold, "commits") for fold in complete],
+        machines=[of_all("machines", distinct[fold]) for fold in complete],
+        commits=[of_all("commits", distinct[fold]) for fold in complete],
     )
 
 
