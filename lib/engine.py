@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Sampler
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------ flags
@@ -192,7 +191,7 @@ def derive_seed(*key: int | str) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class Order(Sampler):
+class Order:
     """Batch sampler: the keys (index, seed) of each micro-batch of this process, from `start` on.
 
     Each epoch is a new permutation of the videos, cut into effective batches; the rest is dropped.
