@@ -140,11 +140,9 @@ def plot_curves(found: dict, axis) -> None:
         axis.plot([x for x, *_ in points], means, color=f"C{color}", label=series or "ours")
         dots = [(x, value) for x, _, row in points for value in row["ours"]]
         axis.scatter(*zip(*dots, strict=True), **FOLD, color=f"C{color}")
-        for (x, name, _), mean in zip(points, means, strict=True):
-            if timed:
-                axis.annotate(
-                    name, (x, mean), (0, -9), textcoords="offset points", fontsize=6, ha="center"
-                )
+        below = dict(xytext=(0, -9), textcoords="offset points", fontsize=6, ha="center")
+        for (x, name, _), mean in zip(points, means, strict=True) if timed else ():
+            axis.annotate(name, (x, mean), **below)
     axis.scatter([], [], **FOLD, color="gray", label="a fold")
     points = [point for points in curves.values() for point in points]
     theirs = [(x, row["paper"]) for x, _, row in points if row["paper"] is not None]
@@ -195,9 +193,7 @@ def row_lines(found: dict) -> list[str]:
 
 def page_text(found: dict, name: str) -> str:
     """The page of an experiment, in Markdown."""
-    commits, machines = (
-        " and ".join(sorted(set(chain(*found[key])))) for key in ("commits", "machines")
-    )
+    every = lambda key: " and ".join(sorted({*chain(*found[key])}))
     total = f"{sum(found['minutes']):.0f} {MINUTES}, with the runs that other experiments share"
     paragraphs = [
         f"# {found['title']}",
@@ -205,8 +201,8 @@ def page_text(found: dict, name: str) -> str:
         "\n".join(row_lines(found)),
         "\n".join([*CLAIMS, *claim_lines(found)]),
         found["note"],
-        f"Made at commit {commits}.",
-        f"{total}: {machines}.",
+        f"Made at commit {every('commits')}.",
+        f"{total}: {every('machines')}.",
         f"`python -m experiments.run {name}` makes it anew. These were the commands of fold 1:",
         "\n".join(f"    python {command}" for command in found["commands"]),
     ]

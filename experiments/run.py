@@ -151,20 +151,16 @@ class Series:
         """Do a job if it is not done. ValueError if it fails, or if others made what is there."""
         about = job.about()
         if about["chain"] != job.chain:
-            raise ValueError(
-                f"{job.record} is of other commands or recipes: remove it and {LAB}/{job.name}"
-            )
+            advice = f"remove it and {LAB}/{job.name}"
+            raise ValueError(f"{job.record} is of other commands or recipes: {advice}")
         if job.done() or self.stopped.is_set():
             return
         line = " ".join(["python", *job.argv])
         print(line, flush=True)
-        environment = os.environ | THREADS
         with open(LAB / f"{job.name}.log", "a") as log:
             # close_fds=False: the process holds the lock, too, if it outlives the series.
-            process = subprocess.Popen(
-                [sys.executable, *job.argv],
-                stdout=log, stderr=log, env=environment, close_fds=False,
-            )  # fmt: skip
+            how = dict(stdout=log, stderr=log, env=os.environ | THREADS, close_fds=False)
+            process = subprocess.Popen([sys.executable, *job.argv], **how)
             self.running[job.name] = process
             if self.stopped.is_set():  # between the last look and now
                 end(process)
@@ -176,9 +172,8 @@ class Series:
         about["ended"] = status == 0
         engine.write_whole(job.record, json.dumps(about))
         if not job.done():
-            raise ValueError(
-                f"{line} did not finish, see {LAB}/{job.name}.log; the same command continues it"
-            )
+            advice = f"see {LAB}/{job.name}.log; the same command continues it"
+            raise ValueError(f"{line} did not finish, {advice}")
 
 
 def groups_of(names: list[str], fold: int) -> list[list[Job]]:
@@ -212,9 +207,8 @@ def measure(name: str, folds: list[int]) -> dict:
     for label, paper, cell in found["rows"]:
         each = [jobs[fold][cell] for fold in complete]
         scores = [report.read_score(of[-1].product, cell.partition("@")[2]) for of in each]
-        rows.append(
-            dict(label=label, paper=paper, cell=cell, ours=scores, minutes=[*map(minutes, each)])
-        )
+        took = [*map(minutes, each)]
+        rows.append(dict(label=label, paper=paper, cell=cell, ours=scores, minutes=took))
     shown = [job for *_, cell in found["rows"] for job in jobs_of(cell, 1)]
     return found | dict(
         rows=rows,
