@@ -222,9 +222,8 @@ def measure(name: str, folds: list[int]) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     known = ", ".join(EXPERIMENTS)
     about = f"all, or some of {known}"
     parser.add_argument("names", nargs="*", metavar="NAME", help=about)
