@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-aten = torch.ops.aten
-
 
 def save_memory(model: nn.Module, how: str) -> None:
     """Choose which activations the blocks of a model keep for the backward pass.
@@ -118,7 +116,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[T
     for qi, ki, vi, g, dq, dk, dv in heads:
         weights = (qi @ ki.mT).softmax(dim=-1)
         torch.matmul(weights.mT, g, out=dv)
-        dlogits = aten._softmax_backward_data(g @ vi.mT, weights, -1, weights.dtype)
+        dlogits = torch.ops.aten._softmax_backward_data(g @ vi.mT, weights, -1, weights.dtype)
         torch.matmul(dlogits, ki, out=dq).mul_(scale)
         torch.matmul(dlogits.mT, qi, out=dk)
     # In memory (B, N, heads, d), like those of PyTorch's kernel: compiled code relies on it.
