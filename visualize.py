@@ -101,10 +101,8 @@ def reconstruct(model: VideoMAE, video: Tensor, mask: Tensor) -> tuple[Tensor, T
     places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
     distance = torch.cdist(places[hidden], places[~hidden])  # (M, V), in cubes
     colour = seen.unflatten(2, (-1, 3)).mean(dim=(0, 1, 2))
-    values = {
-        "nearest": seen[:, distance.argmin(dim=1)],
-        "mean": colour.repeat(pixels).expand_as(unseen),
-    }
+    values = {"nearest": seen[:, distance.argmin(dim=1)]}
+    values["mean"] = colour.repeat(pixels).expand_as(unseen)
     if type(model).target in PIXELS:
         values["model"] = pred
     if "model" in values and model.normalize:
