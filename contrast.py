@@ -55,7 +55,7 @@ class Config(RunConfig):
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.1, "AdamW's; none on biases and norms")
-    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
+    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
 
     repeats, micro = 2, None  # no flags: a video gives two views, a batch is one pass
 

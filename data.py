@@ -245,8 +245,7 @@ class Videos(Dataset):
     An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each
     augmented on its own and cut at its own time, or with `same_time` all at one. `transform` may be
     a list, one for each of the R clips. A file that cannot be read is left out and reported,
-    {path: error}, and a random other one takes its place. After 10 unreadable ones in a row the
-    clips are None.
+    {path: error}, and a random other one takes its place. ValueError after 10 such files in a row.
     """
 
     def __init__(
@@ -265,7 +264,7 @@ class Videos(Dataset):
             return self.sample(total) * self.repeats
         return [i for _ in range(self.repeats) for i in self.sample(total)]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, dict[str, str]]:
         (index, seed), unreadable = key, {}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone
@@ -277,7 +276,8 @@ class Videos(Dataset):
                     index = int(torch.randint(len(self), ()))
                     continue
                 return *self.augment(index, frames), unreadable
-        return None, -1, unreadable
+        advice = "10 videos in a row cannot be read, see `python data.py check`"
+        raise ValueError(f"{advice}: {next(iter(unreadable.values()))}")
 
     def read(self, index: int) -> Tensor:
         """The frames of video `index` (R * T, C, H, W). ValueError where it cannot be read."""
@@ -292,15 +292,13 @@ class Videos(Dataset):
         return torch.stack(clips), self.split.labels[index]
 
 
-def collate(items: list) -> tuple[Tensor | None, Tensor, dict[str, str]]:
+def collate(items: list) -> tuple[Tensor, Tensor, dict[str, str]]:
     """Items -> (clips (B*R, T, C, H, W) uint8, labels (B*R,), unreadable).
 
-    The clips of a video stand together. The clips are None where those of an item are.
+    The clips of a video stand together.
     """
     clips, labels, parts = zip(*items, strict=True)
     unreadable = {path: error for part in parts for path, error in part.items()}
-    if any(clip is None for clip in clips):
-        return None, torch.tensor(labels), unreadable
     # Channels last, as the decoder leaves them, straight into a worker's shared memory: half of
     # the copies.
     rows = default_collate([clip.movedim(2, -1) for clip in clips])

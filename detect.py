@@ -173,22 +173,19 @@ class Seconds(Videos):
         persons = self.truth[self.frames[index]]
         clip, boxes = self.transform(tv_tensors.Video(frames), in_pixels(persons, frames))
         boxes = boxes.as_subclass(Tensor)  # RandomCrop has cut them at its edges
-        does = torch.zeros(len(boxes), self.cfg.actions)
-        for row, actions in zip(does, persons.values(), strict=True):
-            row[[action - 1 for action in actions]] = 1
+        numbers = range(1, self.cfg.actions + 1)
+        does = torch.tensor([[i in actions for i in numbers] for actions in persons.values()])
         inside = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)  # a pixel, at least
         return clip.as_subclass(Tensor), torch.cat([boxes, does], dim=1)[inside]
 
 
-def collate(items: list) -> tuple[Tensor | None, Tensor, dict[str, str]]:
+def collate(items: list) -> tuple[Tensor, Tensor, dict[str, str]]:
     """Items of Seconds -> (clips (B, T, C, H, W), persons (M, 5 + actions), unreadable).
 
     A person's row begins with the place of its clip in the batch.
     """
     clips, persons, parts = zip(*items, strict=True)
     unreadable = {path: error for part in parts for path, error in part.items()}
-    if any(clip is None for clip in clips):
-        return None, torch.empty(0), unreadable
     rows = [F.pad(rows, (1, 0), value=i) for i, rows in enumerate(persons)]
     return torch.stack(clips), torch.cat(rows), unreadable
 

@@ -13,6 +13,7 @@ or of --predict predicted.csv. The loss falls from log(classes), with mixup to w
 91.3 % after 3,200 epochs of pre-training (paper).
 """
 
+import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ class TuneConfig(RunConfig):
     warmup: float | None = opt(5, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases and norms")
     layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
-    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
+    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
     # evaluation
     eval_only: bool = opt(False, "evaluate runs/NAME/checkpoint.pt, or --init, on its own clips")
 
@@ -187,12 +188,15 @@ def make_classifier(
     state, about = ({}, {}) if path == "none" else read_weights(path)
     cfg, config, line = settle_clips(cfg, preset, about, path, trained)
     norm = Model.last_norm
-    if f"{norm}.weight" not in state:  # a head of the other kind of model is of no use
+    others = not trained and about.get("classes") != classes
+    if others or f"{norm}.weight" not in state:  # a head for something else is of no use
         state = {name: x for name, x in state.items() if not name.startswith("head.")}
     if trained:
         classes = about.get("classes", [])
         if not {f"{norm}.weight", f"{norm}.bias", "head.weight", "head.bias"} <= {*state}:
             raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
+    if cfg.eval_only and own.exists() and not own.samefile(path):
+        raise ValueError(f"{folder} holds another model, whose results would go: choose a --name")
     config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}
     torch.manual_seed(cfg.seed)
     model = build(Model, config | dict(classes=len(classes)))
@@ -208,6 +212,11 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     alone = getattr(cfg, "eval_only", False) and (cfg.test_data or cfg.test_splits)
     train = not alone and prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, *more)
     data, splits = cfg.test_data or cfg.data, cfg.test_splits or cfg.splits
+    a_list = os.path.isfile(os.path.expanduser(splits or ""))
+    if a_list and cfg.data and cfg.test_data and not cfg.test_splits:
+        # The list is of the videos in cfg.data. That it fits other ones would be an accident.
+        Run.say(f"note: {splits} is of the training videos, the test videos are all in {data}")
+        splits = None
     test = read_split(data, splits, cfg.fold, False, *more)
     train = train or test
     files = {path.stat()[1:3] for path in train.paths}  # inode, device: links lead to the same
@@ -226,8 +235,12 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     # of the two has them, are the other's as well.
     named = [split.classes for split in (train, test) if split.kind != "list"]
     classes = named[0] if named else train.classes
-    train = fit_classes(train, classes, "the test videos")
-    return train, fit_classes(test, classes, "the training videos")
+    train = fit_classes(train, classes, "the test videos", "the training videos")
+    test = fit_classes(test, classes, "the training videos", "the test videos")
+    if new := sorted({*test.labels} - {*train.labels}):
+        names = ", ".join(shown(classes[label]) for label in new[:5])
+        Run.say(f"note: {len(new)} classes have test videos, but no training videos: {names}")
+    return train, test
 
 
 def draw_shots(split: Split, shots: int, seed: int) -> Split:

@@ -81,7 +81,10 @@ class RandomViews(Videos):
         self.keys = [f"{identity(path)}, seed {seed}, {how}" for path, seed in files]
 
     def __getitem__(self, index: int) -> Tensor | str:
-        views, _, unreadable = super().__getitem__((index, self.seeds[index]))
+        try:
+            views, _, unreadable = super().__getitem__((index, self.seeds[index]))
+        except ValueError as error:
+            return str(error)
         return next(iter(unreadable.values()), views)
 
 

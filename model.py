@@ -178,7 +178,8 @@ class Encoder(nn.Module):
         self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True
     ):
         super().__init__()
-        if len(cube) != 3 or any(side % edge for side, edge in zip(video_size, cube, strict=True)):
+        sides = zip(video_size, cube, strict=False)
+        if len(cube) != 3 or any(edge < 1 or side % edge for side, edge in sides):
             sides = f"clips of {tuple(video_size)} do not divide into cubes of {tuple(cube)}"
             raise ValueError(f"{sides}: change --frames, --resolution or --cube")
         self.video_size, self.cube = tuple(video_size), tuple(cube)

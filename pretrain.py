@@ -59,7 +59,7 @@ class Config(RunConfig):
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases, norms and the mask token")
     beta2: float = opt(0.95, "AdamW's second beta; the first is 0.9")
-    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping")
+    clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
 
 
 # Paper: Table 9, section 3.3 (stride), Appendix B. Official scripts: min_lr, and warm-up and betas

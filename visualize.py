@@ -222,17 +222,13 @@ PREDICTIONS = ("path", "label", "prediction", "correct", "top5", "probabilities"
 
 
 def read_predictions(path: str | Path) -> list[dict]:
-    """The rows of a predictions.csv, one per test video. ValueError where it is something else.
-
-    path, label, prediction: text; correct: bool; top5: list of names; probabilities: of floats.
-    """
+    """The rows of a predictions.csv; `correct` is a bool. ValueError where it is something else."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     if not rows or any(row.get(column) is None for row in rows for column in PREDICTIONS):
         raise ValueError(f"{path} must hold the columns {', '.join(PREDICTIONS)} and some videos")
     for row in rows:
-        row["correct"], row["top5"] = row["label"] == row["prediction"], row["top5"].split(";")
-        row["probabilities"] = [float(number) for number in row["probabilities"].split(";")]
+        row["correct"] = row["label"] == row["prediction"]
     return rows
 
 

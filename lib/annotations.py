@@ -32,8 +32,8 @@ NUMBER = r"-?[0-9]+(?:\.[0-9]*)?"
 COLUMNS = {
     "path": r"(video|file|clip)?_?(path|name)|(video|file|clip)(_?id)?|youtube_id",
     "label": r"(label|class|action|category)(_?(id|name))?s?|target",
-    "time": r"((time|frame|t)_)?(start|end)(_(time|frame|sec))?",
-    "part": r"split|subset|part|set",
+    "time": r"((time|frame|t)_)?(start|begin|onset|end|stop|offset)(_(time|frame|sec|s|ms))?|t[01]",
+    "part": r"split|subset|part|set|fold|is_(train|test|val)",
 }
 
 WANT = "write one `path label` per line"
@@ -143,7 +143,7 @@ def _header(line: str) -> tuple[str, list[str]]:
 def _cells(data: Path, row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
     """(path or the names of an id, label) of a row of a table."""
     label = next((row[name] for name in _named(row, "label")), "")
-    if re.fullmatch(rf"\[.*\]|{NUMBER}(?:[ ,;|]+{NUMBER})+", label):
+    if re.fullmatch(rf"\[.*\]|{NUMBER}(?:[ ,;|]+{NUMBER})+|.*[;|].*", label):
         raise ValueError(SEVERAL)
     times = [row[name] for name in _named(row, "time")]
     if "youtube_id" in row:  # ID_SSSSSS_EEEEEE, or the ID alone
@@ -201,7 +201,7 @@ def _label(rest: str, comma: bool) -> str | None:
 
 def _number(labels: dict[int, str], file: Path) -> tuple[list[int], list[str]]:
     """Labels by line, as text -> (labels from 0, or -1 for none; names of the classes)."""
-    given = {line: text for line, text in labels.items() if text not in ("", "-1")}
+    given = {line: text for line, text in labels.items() if text not in ("", "-1", "nan")}
     names = {line: text for line, text in given.items() if not re.fullmatch(r"-?[0-9.]+", text)}
     if names and len(names) < len(given):
         name, number = min(names), min(given.keys() - names)
@@ -215,7 +215,7 @@ def _number(labels: dict[int, str], file: Path) -> tuple[list[int], list[str]]:
         if not re.fullmatch(r"-?[0-9]+(\.0*)?", text) or not -1 <= float(text) < MOST_CLASSES:
             must = f"must be from 0 to {MOST_CLASSES - 1}, or -1 for none"
             raise ValueError(f"{file}: line {line}: label {brief(text)} {must}")
-    values = [int(float(text or -1)) for text in labels.values()]  # pandas writes 1.0
+    values = [int(float(given.get(line, -1))) for line in labels]  # pandas writes 1.0 and nan
     return values, [str(label) for label in range(max(values, default=-1) + 1)]
 
 
@@ -237,7 +237,7 @@ def read_json(file: Path) -> tuple[list[tuple[str]], list[int], list[str]]:
     names = [re.sub(r"[\[\]]", "", str(entry.get("template") or "")) for entry in entries]
     beside = (file.parent / name for name in ("something-something-v2-labels.json", "labels.json"))
     numbers = next((path for path in beside if path.is_file()), None)
-    classes = read_names(numbers) if numbers else sorted(set(names) - {""})
+    classes = [*read_names(numbers).values()] if numbers else sorted(set(names) - {""})
     index = {name: label for label, name in enumerate(classes)}
     if unknown := set(names) - set(classes) - {""}:
         raise ValueError(f"{file}: the template '{brief(min(unknown))}' is not in {numbers}")
@@ -245,8 +245,8 @@ def read_json(file: Path) -> tuple[list[tuple[str]], list[int], list[str]]:
     return ids, [index.get(name, -1) for name in names], classes
 
 
-def read_names(file: str | Path) -> list[str]:
-    """Names of classes in the order of their numbers, from a file that holds them all.
+def read_names(file: str | Path) -> dict[int, str]:
+    """{number: name} of all classes, in the order of their numbers, which begin at 0 or 1.
 
     Lines of a name, or of `number name`; or JSON, a list or Something-Something's {name: number}.
     """
@@ -265,7 +265,7 @@ def read_names(file: str | Path) -> list[str]:
     if not names or not in_a_row or len(set(names.values())) < len(names):
         want = "one name per line, each once, or `number name` with numbers from 0"
         raise ValueError(f"{file} does not name the classes: write {want}")
-    return [names[number] for number in sorted(names)]
+    return {number: names[number] for number in sorted(names)}
 
 
 def _load(file: Path):

@@ -78,30 +78,32 @@ def cut(path: Path, every: float | None) -> list[Window]:
         Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
     if not rate:
         return [Window(path)]
-    every = max(every, 1 / rate)
     step = max(every * rate, 1)
     firsts = [int(k * step) for k in range(math.ceil(total / step))]
     parts = enumerate(pairwise([*firsts, total]))
-    return [Window(path, k * every, first, end - first) for k, (first, end) in parts]
+    return [Window(path, k * step / rate, first, end - first) for k, (first, end) in parts]
 
 
-def fit_classes(split: Split, classes: list[str], whose: str) -> Split:
+def fit_classes(split: Split, classes: list[str], whose: str, these="these videos") -> Split:
     """The split with the labels that its classes have among the `classes` of `whose`, by name.
 
-    Where one side has numbers for names, they are taken as those of the other, which is said.
-    ValueError for a class that the others do not have.
+    Names may be numbers. Where one side has numbers for other names, they are taken as those of the
+    other in their order, which is said. ValueError for a class that the others do not have.
     """
     unnamed = all(re.fullmatch(rf"(class |LABEL_)?{i}", name) for i, name in enumerate(classes))
     known, count, numbers = len(classes), len(split.classes), split.kind == "list"
-    # Folders may be called 0, 1, 2: then these are names.
-    if not numbers and (not unnamed or {*split.classes} & {*classes}):
+    # Folders may be called 1, 2, 3: then these are names. Sorted as text, 10 comes before 2.
+    values = [str(int(name)) for name in classes if name.isdecimal()]
+    if numbers and len({*values}) == known:
+        split = relabel(split, values, whose)
+    elif not numbers and (not unnamed or {*split.classes} & {*classes}):
         split = relabel(split, classes, whose)
     elif count > known or (count < known and not numbers):
-        raise ValueError(f"{whose}: there are {known} classes, these videos have {count}")
+        raise ValueError(f"{whose}: there are {known} classes, {these} have {count}")
     elif unnamed != numbers:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
     if 0 < len({*split.labels}) < known:
-        Run.say(f"note: {whose}: these videos are of {len({*split.labels})} of {known} classes")
+        Run.say(f"note: {these} are of {len({*split.labels})} of {known} classes of {whose}")
     return replace(split, classes=classes) if numbers else split
 
 
@@ -293,7 +295,7 @@ def write_results(folder: Path, test: Split, cfg, scores: Tensor, **about) -> st
 def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> None:
     """Print and write the best classes of --predict; exit code 1 where something has none."""
     if cfg.classes:
-        named = Split([], [], read_names(cfg.classes))
+        named = Split([], [], [*read_names(cfg.classes).values()])
         classes = fit_classes(named, classes, cfg.init).classes
     paths, wrong = find_videos(cfg.predict, cfg.data)
     windows = [window for path in paths for window in cut(path, cfg.every)]

@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         args["data_set"] = "SSV2" if about.get("sampling") == "uniform" else None
         args["normlize_target"] = about.get("normalize")  # spelled so there
         save_checkpoint(out, model=state, args=args)
-        if "eps" in model.config:
+        if model.config.get("eps", 1e-6) != 1e-6:
             print(f"LayerNorm eps is 1e-06 there, not {model.config['eps']}")
     else:
         change_last_eps(model)

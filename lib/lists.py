@@ -168,19 +168,24 @@ def name_classes(split: Split, file: str | Path) -> Split:
 
     Numbers get names, and names get the file's numbers. ValueError where some have none.
     """
-    names, count = annotations.read_names(file), len(split.classes)
+    found, count = annotations.read_names(file), len(split.classes)
+    names = [*found.values()]
     if split.kind != "list":
         return relabel(split, names, str(file))
     line = f"{file} names {len(names)} classes, the labels go up to {count - 1}"
     if len(names) < count:
         raise ValueError(f"{line}: name them all")
+    if min(found) == 1 <= min({*split.labels} - {-1}, default=0):
+        raise ValueError(f"{file} counts from 1, and no video has label 0: count from 0")
     notes = split.notes + [line] * (len(names) > count)
     return replace(split, classes=names, kind="named list", notes=notes)
 
 
 def relabel(split: Split, classes: list[str], whose: str) -> Split:
     """The split with the numbers that its classes have among `classes`; `whose` they are."""
-    if unknown := sorted({*split.classes} - {*classes}):
+    used = [split.classes[label] for label in split.labels if label >= 0]
+    unknown = sorted({*(used if split.kind == "list" else split.classes)} - {*classes})
+    if unknown:
         raise ValueError(f"{whose}: no class is called {brief(', '.join(unknown))}")
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[split.classes[label]] if label >= 0 else -1 for label in split.labels]
@@ -217,7 +222,7 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
     notes, names = [], [os.path.relpath(path, data) for path in sorted(others)]
     if others:
         few = brief(", ".join(names[:3])) + " ..." * (len(names) > 3)
-        why = "no videos by their endings, or read already"
+        why = "no videos by their endings, read already, or links to nothing"
         notes.append(f"passed over in {shown(data)}: {len(names)} ({why}): {few}")
     images = Counter(path.parent for path in others if ending(path.name) in annotations.IMAGES)
     frames = {folder for folder, count in images.items() if count > 4}

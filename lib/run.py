@@ -108,7 +108,7 @@ class Run:
         self.net = DistributedDataParallel(model) if dist.is_initialized() else model
         self.log = Log(self.folder, self.start, self.total, self.config)
         self.begin = self.saved = time.time()
-        self.pass_number, self.estimated = 0, device.type == "cuda"
+        self.pass_number = 0
         if self.start == self.total:
             self.say(f"{self.folder} is finished: all {self.total} steps are done")
             return
@@ -184,7 +184,7 @@ class Run:
             for path in unreadable.keys() - self.unreadable.keys():
                 tqdm.write(f"left out, unreadable: {unreadable[path]}", file=sys.stderr)
             self.unreadable |= unreadable
-            if clips is None or len(self.unreadable) > len(self.videos) / 10:
+            if len(self.unreadable) > len(self.videos) / 10:
                 advice = "over a tenth of the videos cannot be read, see `python data.py check`"
                 raise ValueError(f"{advice}: {next(iter(self.unreadable.values()))}")
             # DDP averages the gradients of the processes in the last pass only.
@@ -208,15 +208,6 @@ class Run:
         if self.pass_number == 0:
             self.losses.append(0.0)
         self.losses[-1] = self.losses[-1] + loss.detach()
-        seconds = time.time() - self.begin
-        if seconds > 20 and not self.estimated and engine.rank() == 0:
-            # Without a GPU, and once: recipes made for GPUs may take weeks.
-            self.estimated = True
-            done = self.step - self.start + (self.pass_number + 1) / self.accumulation  # steps
-            hours = seconds / done * (self.total - self.start) / 3600
-            here = f"a step takes {seconds / done:.1f} s on this {self.device.type.upper()}"
-            if hours > 1:
-                tqdm.write(f"{here}, this run about {hours:,.1f} hours", file=sys.stderr)
 
     def update(self, lr: float) -> bool:
         """The optimizer's step; a log line and a checkpoint if it is time. True after a checkpoint.
@@ -231,6 +222,7 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.log.bar.update()
 
         done = self.step + 1
         due = done == self.total or time.time() - self.saved > 60 * self.cfg.save_minutes
@@ -307,7 +299,7 @@ class Log:
     """runs/NAME/log.jsonl and a progress bar, in process 0. A resumed run drops later lines."""
 
     def __init__(self, folder: Path, start: int, total: int, config: dict):
-        self.path, self.last, self.time = folder / "log.jsonl", start, time.time()
+        self.path, self.time = folder / "log.jsonl", time.time()
         self.waited = self.without = 0.0  # seconds without data: since the last line, and of all
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
@@ -331,6 +323,5 @@ class Log:
         self.write(step=done, **values, **speeds)
         loss, lr = f"{values['loss']:.4f}", f"{values['lr']:.2e}"
         self.bar.set_postfix(loss=loss, lr=lr, refresh=False)
-        self.bar.update(done - self.last)
         self.without += self.waited
-        self.last, self.time, self.waited = done, time.time(), 0.0
+        self.time, self.waited = time.time(), 0.0

@@ -28,7 +28,8 @@ from model import SIZES, Classifier, VideoMAE, position_table
 NUMBER = np.float64(0).__reduce__()[0]
 SAFE = [argparse.Namespace, np.dtype, type(np.dtype(np.float64))]
 SAFE += [(NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-FILES = ("model*.safetensors", "pytorch_model*.bin", "mp_rank_00_model_states.pt", "checkpoint.pt")
+FILES = """model.safetensors model-*-of-*.safetensors pytorch_model.bin pytorch_model-*-of-*.bin
+mp_rank_00_model_states.pt checkpoint.pt""".split()  # in folders; the first of them that is there
 PARTS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "state_dict_ema")
 USUAL_VIDEO = (16, 224, 224)  # of published models, where neither file nor config says more
 # Position tables, and the weights that have as many rows as these have columns.
@@ -91,7 +92,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     kernels = (re.fullmatch(KERNEL, name) for name, x in found.items() if x.ndim in (4, 5))
     kernel = next(filter(None, kernels), None)
     if kernel is None:
-        some = ", ".join([*map(str, found or content)][:4])
+        some = ", ".join([*map(str, found or content)][:4]) or "nothing"
         raise ValueError(f"{path} holds no VideoMAE or image ViT that can be read, but {some} ...")
 
     state, shape = to_ours(found, wrappers=kernel[1]), found[kernel[0]].shape

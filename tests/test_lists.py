@@ -83,7 +83,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path, capsys):
         "c.mp4",
     ]
     assert (
-        "5 (no videos by their endings, or read already): all, out, run ..."
+        "5 (no videos by their endings, read already, or links to nothing): all, out, run ..."
         in capsys.readouterr().out
     )
 
@@ -233,13 +233,16 @@ def test_classes_get_their_names_from_a_file(read, tmp_path, capsys):
     text = "v0.mp4 1\nv1.mp4 0\nv2.mp4 -1\n"
     for content in ("walk\nrun fast\n", "0 walk\n1 run fast\n", '2,"run fast"\n1,walk\n'):
         file.write_text(content)
-        assert read_names(file) == ["walk", "run fast"]
+        assert [*read_names(file).values()] == ["walk", "run fast"]
         assert read(text, classes_file=file)[1:] == ([1, 0, -1], ["walk", "run fast"])
         # A list of names gets the numbers of the file.
         assert read("v0.mp4 walk\nv1.mp4 run fast\n", classes_file=file)[1] == [0, 1]
         assert read("v0.mp4 run fast\n", classes_file=file)[1] == [1]
     (tmp_path / "list.json").write_text('["walk", "run"]')
-    assert read_names(tmp_path / "list.json") == ["walk", "run"]
+    assert read_names(tmp_path / "list.json") == {0: "walk", 1: "run"}
+    file.write_text("1 walk\n2 run fast\n")  # label 1 is run fast if 0 is walk
+    with pytest.raises(ValueError, match="counts from 1, and no video has label 0"):
+        read("v0.mp4 1\nv1.mp4 1\n", classes_file=file)
     (tmp_path / "list.json").write_text("3")
     with pytest.raises(ValueError, match="does not name the classes"):
         read_names(tmp_path / "list.json")

@@ -110,6 +110,10 @@ def test_hugging_face_classifier(folder, tmp_path, stored):
         assert len(list(path.glob("model-*.safetensors"))) > 1
     elif stored == "file":
         path = folder / "model.safetensors"
+    elif stored == "folder":  # other weights that lie beside are left alone
+        path = shutil.copytree(folder, tmp_path / "two")
+        other = {name: torch.zeros_like(value) for name, value in theirs.state_dict().items()}
+        safetensors.torch.save_file(other, path / "model_ema.safetensors")
     elif stored == "lightning":
         shutil.copy(folder / "config.json", tmp_path)
         named = {f"model.net.{name}": value for name, value in theirs.state_dict().items()}
