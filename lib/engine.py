@@ -28,8 +28,8 @@ def opt(default, help: str, least: float = -math.inf, most: float = math.inf):
 def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
     """(preset, Config) from `[PRESET] [--flag value]...`: flags beat the preset, it beats defaults.
 
-    Without a preset word it is the first preset, or with --data "own" where there is one. Mistakes
-    end the program with one line and exit code 2.
+    Without a preset word it is the first preset, or with --data or --test-data "own" where there is
+    one. Mistakes end the program with one line and exit code 2.
     """
     usage = f"%(prog)s {'|'.join(presets)} [--flag value]..."
     parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
@@ -38,7 +38,7 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
     preset = next(iter(presets))
     if argv and not argv[0].startswith("-"):
         preset, *argv = argv
-    elif "own" in presets and any(word.split("=")[0] == "--data" for word in argv):
+    elif "own" in presets and {word.split("=")[0] for word in argv} & {"--data", "--test-data"}:
         preset = "own"
     if preset not in presets:
         known = ", ".join(filter(None, presets)) or "none: a word needs a flag before it"

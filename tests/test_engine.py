@@ -29,6 +29,7 @@ class Flags:
     cube: tuple[int, ...] = engine.opt((2, 8, 8), "pixels")
     flip_it: bool = engine.opt(True, "mirror")
     data: str | None = engine.opt(None, "folder")
+    test_data: str | None = engine.opt(None, "another folder")
     name: str | None = engine.opt(None, "of the run")
 
 
@@ -45,7 +46,7 @@ def test_flags_beat_presets_and_presets_beat_defaults():
     assert parse(line) == ("big", Flags(9, 5.0, "b", (1, 2, 3), False))
     assert parse("--flip-it --rate=-1e-3")[1] == Flags(count=1, rate=-1e-3)
     assert parse("--data a_b") == ("own", Flags(count=2, data="a_b"))  # never the toy recipe
-    assert parse("big --data=x")[0] == "big"
+    assert parse("--test-data=x")[0] == "own" and parse("big --data=x")[0] == "big"
 
 
 @pytest.mark.parametrize(
