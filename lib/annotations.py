@@ -56,10 +56,7 @@ def list_lines(path: Path) -> dict[int, str]:
     """The lines of a list that hold something, by number; bytes that are no UTF-8 are kept."""
     if not os.path.isfile(path):
         raise ValueError(f"no file {path}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     if "\0" in text:
         zero = f"a zero at character {text.index(chr(0))}"
         raise ValueError(f"{path} is not a text file ({zero}): save it as UTF-8")
