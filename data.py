@@ -276,8 +276,7 @@ class Videos(Dataset):
                     index = int(torch.randint(len(self), ()))
                     continue
                 return *self.augment(index, frames), unreadable
-        advice = "10 videos in a row cannot be read, see `python data.py check`"
-        raise ValueError(f"{advice}: {next(iter(unreadable.values()))}")
+        raise ValueError(f"10 videos in a row cannot be read: {next(iter(unreadable.values()))}")
 
     def read(self, index: int) -> Tensor:
         """The frames of video `index` (R * T, C, H, W). ValueError where it cannot be read."""

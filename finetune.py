@@ -13,7 +13,6 @@ or of --predict predicted.csv. The loss falls from log(classes), with mixup to w
 91.3 % after 3,200 epochs of pre-training (paper).
 """
 
-import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -30,9 +29,10 @@ from torchvision.transforms import v2
 import visualize
 from data import SAMPLING, TOY, Split, Videos, finetune_transform, make_loader, read_split
 from lib import engine, evaluate, prepare, speed
+from lib.annotations import brief
 from lib.engine import opt
 from lib.evaluate import fit_classes
-from lib.lists import choose
+from lib.lists import READERS, choose
 from lib.run import Run, RunConfig, StageConfig, fit_to_set
 from lib.video import shown
 from lib.weights import build, by, load_weights, read_weights
@@ -195,7 +195,7 @@ def make_classifier(
         classes = about.get("classes", [])
         if not {f"{norm}.weight", f"{norm}.bias", "head.weight", "head.bias"} <= {*state}:
             raise ValueError(f"{path} has no trained head with its norm: fine-tune it first")
-    if cfg.eval_only and own.exists() and not own.samefile(path):
+    if cfg.eval_only and own.exists() and not any(map(Path(path).samefile, (own, folder))):
         raise ValueError(f"{folder} holds another model, whose results would go: choose a --name")
     config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}
     torch.manual_seed(cfg.seed)
@@ -212,9 +212,12 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     alone = getattr(cfg, "eval_only", False) and (cfg.test_data or cfg.test_splits)
     train = not alone and prepare.training_videos(preset, cfg.data, cfg.splits, cfg.fold, *more)
     data, splits = cfg.test_data or cfg.data, cfg.test_splits or cfg.splits
-    a_list = os.path.isfile(os.path.expanduser(splits or ""))
-    if a_list and cfg.data and cfg.test_data and not cfg.test_splits:
+    file = Path(splits or "").expanduser()
+    one_part = file.is_file() and file.suffix not in READERS
+    if one_part and cfg.data and cfg.test_data and not cfg.test_splits:
         # The list is of the videos in cfg.data. That it fits other ones would be an accident.
+        if train and train.kind == "list":
+            raise ValueError(f"{splits} has numbers for classes: list the test videos, too")
         Run.say(f"note: {splits} is of the training videos, the test videos are all in {data}")
         splits = None
     test = read_split(data, splits, cfg.fold, False, *more)
@@ -229,17 +232,17 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     for part, split in (("training", train), ("test", test)):
         if -1 in split.labels:
             line = f"no label for the {part} video {shown(split.paths[split.labels.index(-1)])}"
-            how = "put the videos of each class into a folder, or add labels to the list"
+            how = "put the videos of each class into a folder, or labels into a list"
             raise ValueError(f"{line}: {how}; --predict needs none")
     # Classes meet by name: a test part may lack some of them. A list has numbers: names, where one
     # of the two has them, are the other's as well.
     named = [split.classes for split in (train, test) if split.kind != "list"]
     classes = named[0] if named else train.classes
-    train = fit_classes(train, classes, "the test videos", "the training videos")
+    if train.classes != classes:
+        train = fit_classes(train, classes, "the test videos", "the training videos")
     test = fit_classes(test, classes, "the training videos", "the test videos")
-    if new := sorted({*test.labels} - {*train.labels}):
-        names = ", ".join(shown(classes[label]) for label in new[:5])
-        Run.say(f"note: {len(new)} classes have test videos, but no training videos: {names}")
+    if new := sorted({classes[label] for label in {*test.labels} - {*train.labels}}):
+        Run.say(f"note: test videos, but no training videos, are of {brief(', '.join(new))}")
     return train, test
 
 

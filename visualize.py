@@ -194,15 +194,13 @@ def draw_columns(columns: list[tuple[str, Tensor]], times: slice, out, dpi: int 
 # ----------------------------------------------------------------------------- curves and classes
 
 
-NOT_DRAWN = "config torch constant_loss step epoch unreadable clips_per_s waiting_for_data".split()
-
-
 def plot_log(folder: Path) -> None:
     """Draw folder/loss.png from folder/log.jsonl: loss, learning rate and others, if any."""
     gc.collect()  # the last figure: they refer to themselves, and each would keep megabytes
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    known = {key for line in lines for key in line}
-    keys = ["loss", "lr", *sorted(known - {"loss", "lr", *NOT_DRAWN})]
+    known = {key for line in lines if "step" in line for key in line}
+    known -= {"loss", "lr", "step", "epoch", "unreadable", "clips_per_s", "waiting_for_data"}
+    keys = ["loss", "lr", *sorted(known)]
     figure = Figure(figsize=(6, 2.3 * len(keys)), layout="constrained")
     axes = figure.subplots(len(keys), 1, sharex=True)
     for axis, key in zip(axes, keys, strict=True):

@@ -198,7 +198,7 @@ def _label(rest: str, comma: bool) -> str | None:
 
 def _number(labels: dict[int, str], file: Path) -> tuple[list[int], list[str]]:
     """Labels by line, as text -> (labels from 0, or -1 for none; names of the classes)."""
-    given = {line: text for line, text in labels.items() if text not in ("", "-1", "nan")}
+    given = {line: text for line, text in labels.items() if text not in ("", "-1")}
     names = {line: text for line, text in given.items() if not re.fullmatch(r"-?[0-9.]+", text)}
     if names and len(names) < len(given):
         name, number = min(names), min(given.keys() - names)
@@ -212,7 +212,7 @@ def _number(labels: dict[int, str], file: Path) -> tuple[list[int], list[str]]:
         if not re.fullmatch(r"-?[0-9]+(\.0*)?", text) or not -1 <= float(text) < MOST_CLASSES:
             must = f"must be from 0 to {MOST_CLASSES - 1}, or -1 for none"
             raise ValueError(f"{file}: line {line}: label {brief(text)} {must}")
-    values = [int(float(given.get(line, -1))) for line in labels]  # pandas writes 1.0 and nan
+    values = [int(float(text or -1)) for text in labels.values()]  # pandas writes 1.0
     return values, [str(label) for label in range(max(values, default=-1) + 1)]
 
 
@@ -260,7 +260,7 @@ def read_names(file: str | Path) -> dict[int, str]:
     names = {int(number): name for number, name in pairs if str(number).isdecimal()}
     in_a_row = sorted(names) in ([*range(len(pairs))], [*range(1, len(pairs) + 1)])
     if not names or not in_a_row or len(set(names.values())) < len(names):
-        want = "one name per line, each once, or `number name` with numbers from 0"
+        want = "one name per line, each once, or `number name` with numbers from 0 or 1"
         raise ValueError(f"{file} does not name the classes: write {want}")
     return {number: names[number] for number in sorted(names)}
 

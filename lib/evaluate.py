@@ -79,7 +79,7 @@ def cut(path: Path, every: float | None) -> list[Window]:
     if not rate:
         return [Window(path)]
     step = max(every * rate, 1)
-    firsts = [int(k * step) for k in range(math.ceil(total / step))]
+    firsts = [int(k * step) for k in range(math.ceil(total / step - 1e-9))]  # but for rounding
     parts = enumerate(pairwise([*firsts, total]))
     return [Window(path, k * step / rate, first, end - first) for k, (first, end) in parts]
 
@@ -88,14 +88,18 @@ def fit_classes(split: Split, classes: list[str], whose: str, these="these video
     """The split with the labels that its classes have among the `classes` of `whose`, by name.
 
     Names may be numbers. Where one side has numbers for other names, they are taken as those of the
-    other in their order, which is said. ValueError for a class that the others do not have.
+    other in their order, which is said. ValueError for a class that the others do not have, or a
+    number that is not that of the video's folder.
     """
     unnamed = all(re.fullmatch(rf"(class |LABEL_)?{i}", name) for i, name in enumerate(classes))
     known, count, numbers = len(classes), len(split.classes), split.kind == "list"
     # Folders may be called 1, 2, 3: then these are names. Sorted as text, 10 comes before 2.
     values = [str(int(name)) for name in classes if name.isdecimal()]
-    if numbers and len({*values}) == known:
+    if numbers and not unnamed and len({*values}) == known:
         split = relabel(split, values, whose)
+        for path, label in zip(split.paths, split.labels, strict=True):
+            if path.parent.name in {*classes} - {classes[label]}:
+                raise ValueError(f"{shown(path)} has the label {values[label]}, not its folder's")
     elif not numbers and (not unnamed or {*split.classes} & {*classes}):
         split = relabel(split, classes, whose)
     elif count > known or (count < known and not numbers):

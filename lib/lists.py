@@ -173,10 +173,10 @@ def name_classes(split: Split, file: str | Path) -> Split:
     if split.kind != "list":
         return relabel(split, names, str(file))
     line = f"{file} names {len(names)} classes, the labels go up to {count - 1}"
+    if min(found) == 1 <= min({*split.labels} - {-1}, default=0):
+        raise ValueError(f"{file} counts from 1, and no video has label 0: let both begin at 0")
     if len(names) < count:
         raise ValueError(f"{line}: name them all")
-    if min(found) == 1 <= min({*split.labels} - {-1}, default=0):
-        raise ValueError(f"{file} counts from 1, and no video has label 0: count from 0")
     notes = split.notes + [line] * (len(names) > count)
     return replace(split, classes=names, kind="named list", notes=notes)
 
@@ -184,8 +184,7 @@ def name_classes(split: Split, file: str | Path) -> Split:
 def relabel(split: Split, classes: list[str], whose: str) -> Split:
     """The split with the numbers that its classes have among `classes`; `whose` they are."""
     used = [split.classes[label] for label in split.labels if label >= 0]
-    unknown = sorted({*(used if split.kind == "list" else split.classes)} - {*classes})
-    if unknown:
+    if unknown := sorted({*(used if split.kind == "list" else split.classes)} - {*classes}):
         raise ValueError(f"{whose}: no class is called {brief(', '.join(unknown))}")
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[split.classes[label]] if label >= 0 else -1 for label in split.labels]

@@ -92,7 +92,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     kernels = (re.fullmatch(KERNEL, name) for name, x in found.items() if x.ndim in (4, 5))
     kernel = next(filter(None, kernels), None)
     if kernel is None:
-        some = ", ".join([*map(str, found or content)][:4]) or "nothing"
+        some = ", ".join([*map(str, found or content)][:4])
         raise ValueError(f"{path} holds no VideoMAE or image ViT that can be read, but {some} ...")
 
     state, shape = to_ours(found, wrappers=kernel[1]), found[kernel[0]].shape
@@ -122,7 +122,7 @@ def read_files(path: Path) -> dict:
         raise ValueError(f"no weights at {path}; {how}")
     files, content = [path], {}
     if path.is_dir():
-        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
+        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [path])
     try:
         for file in files:
             if file.suffix == ".safetensors":

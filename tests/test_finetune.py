@@ -423,7 +423,7 @@ def test_a_prediction_that_is_stopped_goes_on_where_it_was(here, monkeypatch, ca
     assert predicted() == whole and len(scored) == len(whole) - 1
 
 
-def test_a_film_is_predicted_window_by_window_from_its_own_frames(here, tmp_path):
+def test_a_film_is_predicted_window_by_window_from_its_own_frames(here, tmp_path, monkeypatch):
     """Each window is as a film of its own; frames are lossless, 25 per second."""
     frames = torch.randint(0, 256, (45, 32, 32, 3), dtype=torch.uint8).numpy()
 
@@ -451,6 +451,9 @@ def test_a_film_is_predicted_window_by_window_from_its_own_frames(here, tmp_path
     assert [window.first for window in windows[:4]] == [0, 2, 5, 7] and len(windows) == 18
     assert sum(window.frames for window in windows) == 45
     assert evaluate.cut(film, 1e-9)[-1][1:] == (pytest.approx(44 / 25), 44, 1)
+    with monkeypatch.context() as patch:  # 1.5 s are 5 windows, not 6 by rounding up
+        patch.setattr(evaluate, "length", lambda path: (36, 24.0))
+        assert [w.frames for w in evaluate.cut(film, 0.3)] == [7, 7, 7, 7, 8]
     assert evaluate.cut(tmp_path / "gone.avi", 1) == [(tmp_path / "gone.avi", 0, 0, 0)]
 
 
@@ -660,7 +663,7 @@ def test_overlap_and_labels_are_checked(tmp_path):
             parts("a.avi 0\nb.avi 1\n", f"{same} 1\nc.avi 0\n")
     with pytest.raises(ValueError, match="no label for the test video .*c.avi"):
         parts("a.avi 0\nb.avi 1\n", "c.avi\n")
-    with pytest.raises(ValueError, match="the training videos: no class is called 3"):
+    with pytest.raises(ValueError, match="there are 2 classes, the test videos have 4"):
         parts("a.avi 0\nb.avi 1\n", "c.avi 3\n")
     train, test = parts("a.avi x\nb.avi y\nd.avi z\n", "c.avi z\n")  # x and y have no test videos
     assert test.labels == [2] and test.classes == train.classes == ["x", "y", "z"]
@@ -692,6 +695,9 @@ def test_folders_that_are_numbers_meet_lists_of_numbers(tmp_path):
     how = dict(data=f"{tmp_path}/train", test_data=f"{tmp_path}/test")
     parts = [finetune.read_parts(Config(**how, test_splits=splits), "own")
              for splits in (None, f"{tmp_path}/test.txt")]  # fmt: skip
+    (tmp_path / "places.txt").write_text("10/test.avi 1\n12/test.avi 3\n")  # in the sorted row
+    with pytest.raises(ValueError, match="10/test.avi has the label 1, not its folder's"):
+        finetune.read_parts(Config(**how, test_splits=f"{tmp_path}/places.txt"), "own")
     for _, test in parts:
         names = {path.parent.name for path in test.paths}
         assert {test.classes[label] for label in test.labels} == names == {"2", "10", "12"}
@@ -709,6 +715,10 @@ def test_a_list_is_of_one_part(tmp_path, capsys):
     train, test = finetune.read_parts(Config(data=f"{tmp_path}/train", **how), "own")
     assert (len(train.paths), len(test.paths), test.labels) == (2, 3, [0, 0, 1])
     assert "the test videos are all in" in capsys.readouterr().out
+    (tmp_path / "numbers.txt").write_text("run/a.avi 1\nwalk/b.avi 0\n")
+    numbers = dict(how, splits=f"{tmp_path}/numbers.txt")
+    with pytest.raises(ValueError, match="has numbers for classes: list the test videos, too"):
+        finetune.read_parts(Config(data=f"{tmp_path}/train", **numbers), "own")
     # Alone, it is of the test videos.
     cfg = Config(**how, eval_only=True)
     assert len(finetune.read_parts(cfg, "own")[1].paths) == 2
@@ -721,7 +731,7 @@ def test_classes_without_training_videos_are_named(tmp_path, capsys):
     (tmp_path / "test.txt").write_text("c.avi 1\nd.avi 2\n")
     lists = dict(splits=f"{tmp_path}/train.txt", test_splits=f"{tmp_path}/test.txt")
     finetune.read_parts(Config(data=str(tmp_path), **lists), "own")
-    assert "1 classes have test videos, but no training videos: 1\n" in capsys.readouterr().out
+    assert "test videos, but no training videos, are of 1\n" in capsys.readouterr().out
 
 
 def test_a_head_of_other_classes_is_not_taken(here, capsys):
@@ -739,6 +749,7 @@ def test_another_model_is_evaluated_elsewhere(here, tmp_path):
     flags = ["toy", "--data", here, "--eval-only", "--init", str(tmp_path / "other.pt")]
     with pytest.raises(ValueError, match="holds another model, whose results would go"):
         finetune.main(flags)
+    finetune.main([*flags[:-1], "runs/finetune-toy", "--clips", "1"])  # its own folder
 
 
 def test_shots_are_balanced_and_drawn_by_the_seed():

@@ -210,6 +210,8 @@ def test_views_are_those_of_the_flags(toy):
         views = linprobe.RandomViews(split, replace(cfg, **flags))
         return [views[i] for i in range(8)]
 
+    broken = replace(split, paths=[split.paths[0].parent], labels=[0])
+    assert "cannot be read" in linprobe.RandomViews(broken, cfg)[0]  # the only one there is
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(views(flip=True), views(), strict=True)]
     same = [torch.equal(a, b) for a, b in zip(views(flip=True), views(), strict=True)]
     assert any(mirrored) and any(same) and all(a != b for a, b in zip(mirrored, same, strict=True))

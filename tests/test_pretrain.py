@@ -12,6 +12,7 @@ import torch.distributed.run
 import pretrain
 import visualize
 from lib import engine
+from lib.weights import read_weights
 
 TINY = "--epochs 3 --batch 8 --micro 4 --repeats 1 --warmup 0.5 --decoder-depth 1 --precision fp32"
 TINY += " --frames 4 --resolution 32 --workers 0 --log-every 1 --normalize"
@@ -53,6 +54,7 @@ def beside(here, whole, monkeypatch):
 def test_a_training_leaves_checkpoint_log_curve_and_figure(beside):
     for name in ("checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"):
         assert os.path.getsize(f"runs/whole/{name}") > 1000
+    assert read_weights("runs/whole/checkpoint.pt")[1]["mask"] == "tube"  # for figures
     lines = [json.loads(line) for line in open("runs/whole/log.jsonl")]
     assert lines[0]["config"]["model"]["decoder_depth"] == 1
     assert lines[1]["constant_loss"] == pytest.approx(1, abs=0.02)
@@ -205,6 +207,7 @@ def test_presets_hold_the_published_recipes():
         ("ucf101 --data texts", "--splits"),
         ("toy --data TOY --epochs 1", "--warmup"),
         ("toy --data TOY --cube 2 8", "cubes of (2, 8)"),
+        ("toy --data TOY --cube 0 8 8", "cubes of (0, 8, 8)"),
         ("toy --data TOY --ratio nan", "ratio nan"),
         ("toy --data TOY --ratio 1", "ratio 1.0"),
         ("toy --data TOY --stride -1", "at least 0"),
