@@ -275,14 +275,14 @@ def main(argv: list[str]) -> None:
             # keys come without gradients: only queries learn.
             keys = gather(keys)
             run.backward(contrastive_loss(queries, keys, cfg.temperature))
-        run.more = spread(keys, gather(features))  # for the log
+        model.more = spread(keys, gather(features))  # for the log
         if step == 0:  # the loss of outputs that are all the same
             run.log.write(constant_loss=4 * cfg.temperature * math.log(cfg.batch))
         # Linear warm-up to the peak, then half a cosine down to 0. The peak grows with the batch.
         peak = cfg.base_lr * cfg.batch / 256
         if run.update(engine.cosine_lr(step, run.total, run.warmup, peak, 0.0)):
             visualize.plot_log(run.folder)
-            if run.more["features"] < COLLAPSED:
+            if model.more["features"] < COLLAPSED:
                 what = "the network has collapsed, its features are nearly all the same"
                 run.say(f"{what}: try a lower --base-lr, or a larger --batch")
     run.close()

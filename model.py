@@ -178,12 +178,12 @@ class Encoder(nn.Module):
         self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True
     ):
         super().__init__()
-        sides = zip(video_size, cube, strict=False)
+        sides = list(zip(video_size, cube, strict=False))  # of the clip and of the cube
         if len(cube) != 3 or any(edge < 1 or side % edge for side, edge in sides):
-            sides = f"clips of {tuple(video_size)} do not divide into cubes of {tuple(cube)}"
-            raise ValueError(f"{sides}: change --frames, --resolution or --cube")
+            clips = f"clips of {tuple(video_size)} do not divide into cubes of {tuple(cube)}"
+            raise ValueError(f"{clips}: change --frames, --resolution or --cube")
         self.video_size, self.cube = tuple(video_size), tuple(cube)
-        self.grid = tuple(side // edge for side, edge in zip(video_size, cube, strict=True))
+        self.grid = tuple(side // edge for side, edge in sides)
         cube_pixels = cube[0] * cube[1] * cube[2]
         # The paper embeds with a Conv3d whose kernel and stride are a cube. A Linear on the values
         # of a cube computes the same, also of visible cubes alone. Its initialisation is PyTorch's.

@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         # Gradient accumulation. The clips of a pass are (micro * repeats, T, C, H, W) uint8.
         for clips, _ in run.passes(batches):
             # Each pass has a seed of its own. So it gets the same masks after --resume, and on any
-            # number of GPUs with the same --micro. Variants may draw numbers, too.
+            # number of GPUs with the same --micro. Variants may draw random numbers, too.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():

@@ -82,7 +82,7 @@ for name, data in DATA.items():
         f"{name}-probe": f"linprobe.py own {test} {MODEL} --batch 32 --crops 1",
     }
 DOWN["ucf101_5-few"] = f"{DOWN['ucf101_5-tuned']} --shots {SHOTS} --epochs 60 --warmup 6"
-# All of the recipe own: strong augmentation, layer decay, drop path, 1,008 steps.
+# All of the recipe own: strong augmentation, layer decay, drop path, about 1,000 steps.
 test = f"{DATA['ucf101_5']} --test-splits experiments/lists/ucf101_5_testFOLD.txt"
 DOWN["ucf101_5-own"] = f"finetune.py own {test} {MODEL} --crops 1"
 DOWN["ucf101_5-own-few"] = f"{DOWN['ucf101_5-own']} --shots {SHOTS}"
@@ -184,7 +184,7 @@ def images(name: str) -> dict:
 HOW = "Pre-training takes half of the epochs of the main recipe. Fine-tuning sees all labels."
 SSV2 = "The paper's numbers are of SSv2."
 OWN = (
-    "Pre-training is that of Figure 3 at 75 %. Fine-tuning takes the 1,008 steps of the recipe own."
+    "Pre-training is that of Figure 3 at 75 %. Fine-tuning takes the 1,000 steps of the recipe own."
 )
 EXPERIMENTS = {
     "ucf101_5": worth(

@@ -79,7 +79,8 @@ def cut(path: Path, every: float | None) -> list[Window]:
     if not rate:
         return [Window(path)]
     step = max(every * rate, 1)
-    firsts = [int(k * step) for k in range(math.ceil(total / step - 1e-9))]  # but for rounding
+    count = math.ceil(total / step - 1e-9)  # a rounding error must not add an empty window
+    firsts = [int(k * step) for k in range(count)]
     parts = enumerate(pairwise([*firsts, total]))
     return [Window(path, k * step / rate, first, end - first) for k, (first, end) in parts]
 
@@ -98,7 +99,7 @@ def fit_classes(split: Split, classes: list[str], whose: str, these="these video
     if numbers and not unnamed and len({*values}) == known:
         split = relabel(split, values, whose)
         for path, label in zip(split.paths, split.labels, strict=True):
-            if path.parent.name in {*classes} - {classes[label]}:
+            if path.parent.name != classes[label] and path.parent.name in classes:
                 raise ValueError(f"{shown(path)} has the label {values[label]}, not its folder's")
     elif not numbers and (not unnamed or {*split.classes} & {*classes}):
         split = relabel(split, classes, whose)

@@ -183,6 +183,7 @@ def name_classes(split: Split, file: str | Path) -> Split:
 
 def relabel(split: Split, classes: list[str], whose: str) -> Split:
     """The split with the numbers that its classes have among `classes`; `whose` they are."""
+    # A list of numbers has a class for each number up to the largest, used or not.
     used = [split.classes[label] for label in split.labels if label >= 0]
     if unknown := sorted({*(used if split.kind == "list" else split.classes)} - {*classes}):
         raise ValueError(f"{whose}: no class is called {brief(', '.join(unknown))}")

@@ -75,15 +75,14 @@ class Run:
 
     `stage` is the name of the script, `cfg` its hyper-parameters, `about` more for the checkpoint,
     such as the names of classes. A stage uses order, total and warmup (in steps), folder, log, and
-    net: the model as the loop calls it. The next line of the log holds what it puts into `more`,
-    {name: tensor}, and what a model puts into its own `more`.
+    net: the model as the loop calls it. If the model has an attribute `more`, {name: tensor}, the
+    next line of the log holds it, too.
     """
 
     def __init__(self, stage, name, cfg, model, optimizer, videos, device, **about):
         self.stage, self.folder, self.cfg = stage, Path("runs") / name, cfg
         self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
-        self.unreadable, self.more = {}, {}
-        self.losses = []  # of the steps since the last line
+        self.unreadable, self.losses = {}, []  # losses of the steps since the last line
         self.asked = self.stop = 0  # a signal: what this process got, what all of them act on
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -265,8 +264,7 @@ class Run:
                 )
         clips = len(losses) * self.cfg.batch * self.cfg.repeats
         values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
-        more = self.more | getattr(self.model, "more", {})
-        values |= {name: float(value) for name, value in more.items()}
+        values |= {key: float(value) for key, value in getattr(self.model, "more", {}).items()}
         self.log.line(done, clips, **values, unreadable=len(self.unreadable))
 
     def close(self) -> None:
