@@ -14,6 +14,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)  # on tensors as small as these, threads mostly wait for each other
 
 
+def draw_nothing(patch) -> None:
+    """Stages leave no figures, which take up to a second each."""
+    import visualize
+
+    for name in ("main", "plot_log", "plot_classes", "plot_confusion"):
+        patch.setattr(visualize, name, lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A toy data set of 24 training and 12 test videos."""
@@ -26,12 +34,9 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def here(toy, tmp_path, monkeypatch):
-    """An empty working directory; the toy set's path. Trainings draw nothing."""
-    import visualize
-
+    """An empty working directory; the toy set's path. Stages draw nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(visualize, "main", lambda argv: None)
-    monkeypatch.setattr(visualize, "plot_log", lambda folder: None)
+    draw_nothing(monkeypatch)
     return str(toy)
 
 
@@ -42,9 +47,7 @@ def _work(rank, size, port, stage, argv, start):
     )
     os.environ.update({key: str(value) for key, value in here.items()})
     torch.set_num_threads(1)
-    import visualize
-
-    visualize.main = visualize.plot_log = lambda *args: None  # as in `here`
+    draw_nothing(pytest.MonkeyPatch())
     with open(f"{stage}-{rank}.txt", "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
         __import__(stage).main(argv)
 

@@ -344,7 +344,6 @@ def test_other_stages_take_its_encoder(beside, capsys, monkeypatch):
     state, about = read_weights(path)
     assert all(name.startswith("encoder.") for name in state) and about["stride"] == 2
     init = ["--data", beside, "--init", path, "--batch", "12", "--epochs", "1", "--warmup", "0"]
-    monkeypatch.setattr(visualize, "plot_classes", lambda *paths: None)
     few = ["--shots", "1", "--clips", "1", "--precision", "fp32"]
     finetune.main(["toy", *init, *few, "--base-lr", "0", "--min-lr", "0"])
     out = capsys.readouterr().out
@@ -373,7 +372,6 @@ def test_it_cannot_reconstruct_and_says_so(whole, monkeypatch):
 
 def test_weights_of_still_frames_go_on_with_clips(here, capsys, monkeypatch):
     """Image pre-training, with and without labels: --stride 0, then a stride of clips."""
-    monkeypatch.setattr(visualize, "plot_classes", lambda *paths: None)
     flags = ["toy", "--data", here, "--epochs", "1", "--warmup", "0", "--batch", "12"]
     pretrain.main([*flags, *SMALL, "--stride", "0", "--name", "image"])
     tune = [*flags, "--shots", "1", "--clips", "2", "--precision", "fp32"]

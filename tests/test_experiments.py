@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_nothing
 
 import finetune
 import pretrain
-import visualize
 from data import Split, read_split
 from experiments import leak, motion, report, run, scene
 from experiments.report import claims_of, read_score, verdict
@@ -461,8 +461,7 @@ def test_the_orders_of_frames():
 
 def test_motion_scene_and_leak_through_their_mains(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("main", "plot_log", "plot_classes", "plot_confusion"):
-        monkeypatch.setattr(visualize, name, lambda *paths: None)
+    draw_nothing(monkeypatch)
     few = ["toy", "--data", str(toy), *"--epochs 1 --batch 12 --precision fp32 --warmup".split()]
     pretrain.main([*few, "0"])
     finetune.main([*few, "0", "--shots", "1", "--clips", "2"])

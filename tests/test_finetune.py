@@ -16,6 +16,7 @@ import films
 import numpy as np
 import pytest
 import torch
+from conftest import draw_nothing
 
 import finetune
 import pretrain
@@ -185,8 +186,7 @@ def chain(toy, tmp_path_factory):
 def here(toy, chain, monkeypatch):
     """The chain as working directory; the toy set's path. Nothing more is drawn."""
     monkeypatch.chdir(chain)
-    for name in ("plot_log", "plot_classes"):
-        monkeypatch.setattr(visualize, name, lambda *paths: None)
+    draw_nothing(monkeypatch)
     return str(toy)
 
 
@@ -638,7 +638,7 @@ def test_classes_of_weights_and_videos_meet_by_name(here, tmp_path, capsys):
 
 
 def test_of_five_classes_no_top_5_is_printed(tmp_path, monkeypatch):
-    monkeypatch.setattr(visualize, "plot_classes", lambda *paths: None)
+    draw_nothing(monkeypatch)
     for count, said in ((5, False), (6, True)):
         test = Split(["a.avi", "b.avi"], [0, 1], [*"abcdef"[:count]])
         scores = torch.rand(2, 3, count).softmax(dim=2)

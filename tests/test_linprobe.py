@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draw_nothing
 
 import finetune
 import linprobe
@@ -26,8 +27,7 @@ def pretrained(toy, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("pretrained")
         patch.chdir(folder)
-        for name in ("main", "plot_log"):
-            patch.setattr(visualize, name, lambda *args: None)
+        draw_nothing(patch)
         flags = "--epochs 1 --batch 12 --warmup 0.5 --resolution 32 --stride 1".split()
         pretrain.main(["toy", "--data", str(toy), *flags])
     return folder
@@ -37,8 +37,7 @@ def pretrained(toy, tmp_path_factory):
 def here(toy, pretrained, monkeypatch):
     """That folder as working directory; the toy set's path. Nothing is drawn."""
     monkeypatch.chdir(pretrained)
-    for name in ("plot_log", "plot_classes"):
-        monkeypatch.setattr(visualize, name, lambda *paths: None)
+    draw_nothing(monkeypatch)
     return str(toy)
 
 
