@@ -32,8 +32,8 @@ import finetune
 import linprobe
 import pretrain
 from data import read_split
-from experiments import leak, report
-from experiments.table import DATA, DOWN, EXPERIMENTS, FEW_LIST, LAB, PRETRAIN, SCRATCH, SHOTS
+from experiments import leak, report, table
+from experiments.table import DATA, DOWN, EXPERIMENTS, LAB, PRETRAIN, SCRATCH, SHOTS
 from lib import engine
 
 # ------------------------------------------------------------------------------------------- jobs
@@ -195,6 +195,16 @@ def write_few(out: str, fold: int) -> None:
     engine.write_whole(out, "".join(lines))
 
 
+def write_pool(out: str, fold: int) -> None:
+    """Write the list of the training videos of both sets, in the folder that holds both."""
+    lines = []
+    for flags in DATA.values():
+        _, data, *_, splits = flags.replace("FOLD", str(fold)).split()
+        paths = [line.split()[0] for line in Path(splits).read_text().splitlines()]
+        lines += [f"{Path(data).name}/{path}\n" for path in paths]
+    engine.write_whole(out, "".join(lines))
+
+
 def measure(name: str, folds: list[int]) -> dict:
     """An experiment as report takes it, with those of the folds that are complete."""
     found = EXPERIMENTS[name]
@@ -261,9 +271,9 @@ def run_series(names: list[str], folds: list[int], at_once: int) -> None:
                 for flag, folder in pairwise(words):
                     if flag == "--data" and not Path(folder).is_dir():
                         raise ValueError(f"{folder} is not there: link the data set to it")
-                few = FEW_LIST.replace("FOLD", str(fold))
-                if few in words:
-                    write_few(few, fold)
+                for file, write in ((table.FEW_LIST, write_few), (table.POOL_LIST, write_pool)):
+                    if (out := file.replace("FOLD", str(fold))) in words:
+                        write(out, fold)
                 Series(at_once).run_all(groups)
         except KeyboardInterrupt:
             sys.exit("stopped: the same command continues")

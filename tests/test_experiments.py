@@ -89,6 +89,7 @@ CHANGES = {  # what a name changes of "epochs120", in pre-training
     "l1": dict(loss="l1"),
     "videos50": dict(splits="runs/lab/few-fold1.txt", epochs=700, warmup=30),
     "videos50-epochs120": dict(splits="runs/lab/few-fold1.txt"),
+    "pool": dict(data="datasets", splits="runs/lab/pool-fold1.txt", ratio=0.75),
     "ucf101_5": dict(epochs=240, warmup=10),
     "ucf101_5-image": dict(epochs=240, warmup=10, stride=0),
 }
@@ -276,6 +277,18 @@ def test_the_list_of_few_videos(lab, monkeypatch):
     drawn = finetune.draw_shots(part, 10, 0).paths
     lines = (lab / "few-fold2.txt").read_text().splitlines()
     assert lines == sorted(f"Swing/{path.name}" for path in drawn)
+
+
+def test_the_list_of_both_sets(lab):
+    """Training videos alone, in the folder that holds both sets."""
+    os.symlink(Path(run.__file__).parent, "experiments")
+    run.write_pool("pool.txt", 2)
+    lines = Path("pool.txt").read_text().splitlines()
+    assert len(lines) == len({*lines}) == 279 + 245
+    assert lines[0].startswith("UCF-101/Diving/") and lines[-1].startswith("tennis7/")
+    for name, folder in (("ucf101_5", "UCF-101"), ("tennis7", "tennis7")):
+        tested = Path(f"experiments/lists/{name}_test2.txt").read_text().splitlines()
+        assert not {f"{folder}/{line.split()[0]}" for line in tested} & {*lines}
 
 
 @pytest.mark.parametrize(
