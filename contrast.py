@@ -52,9 +52,9 @@ class Config(RunConfig):
     epochs: int | None = opt(300, "passes over the videos; None: by --steps", 1)
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs: they are told from each other", 2)
-    base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
+    base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256", 0)
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
-    weight_decay: float = opt(0.1, "AdamW's; none on biases and norms")
+    weight_decay: float = opt(0.1, "AdamW's; none on biases and norms", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
 
     repeats, micro = 2, None  # no flags: a video gives two views, a batch is one pass

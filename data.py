@@ -244,8 +244,8 @@ class Videos(Dataset):
 
     An item is (clips (R, T, C, H, W) uint8, label, unreadable): R clips from one decode, each
     augmented on its own and cut at its own time, or with `same_time` all at one. `transform` may be
-    a list, one for each of the R clips. A file that cannot be read is left out and reported,
-    {path: error}, and a random other one takes its place. ValueError after 10 such files in a row.
+    a list, one for each of the R clips. A video that cannot be read is left out and reported,
+    {index: error}, and a random other one takes its place. ValueError after 10 of them in a row.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Videos(Dataset):
             return self.sample(total) * self.repeats
         return [i for _ in range(self.repeats) for i in self.sample(total)]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, dict[str, str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, dict[int, str]]:
         (index, seed), unreadable = key, {}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone
@@ -272,7 +272,7 @@ class Videos(Dataset):
                 try:
                     frames = self.read(index)
                 except ValueError as error:
-                    unreadable[str(self.split.paths[index])] = str(error)
+                    unreadable[index] = str(error)
                     index = int(torch.randint(len(self), ()))
                     continue
                 return *self.augment(index, frames), unreadable
@@ -291,13 +291,13 @@ class Videos(Dataset):
         return torch.stack(clips), self.split.labels[index]
 
 
-def collate(items: list) -> tuple[Tensor, Tensor, dict[str, str]]:
+def collate(items: list) -> tuple[Tensor, Tensor, dict[int, str]]:
     """Items -> (clips (B*R, T, C, H, W) uint8, labels (B*R,), unreadable).
 
     The clips of a video stand together.
     """
     clips, labels, parts = zip(*items, strict=True)
-    unreadable = {path: error for part in parts for path, error in part.items()}
+    unreadable = {index: error for part in parts for index, error in part.items()}
     # Channels last, as the decoder leaves them, straight into a worker's shared memory: half of
     # the copies.
     rows = default_collate([clip.movedim(2, -1) for clip in clips])

@@ -164,7 +164,8 @@ class Seconds(Videos):
         steps = [v2.Resize(cfg.short_side, antialias=True), v2.RandomCrop(cfg.resolution)]
         steps += [v2.RandomHorizontalFlip()] if cfg.flip else []
         paths = [data.films[video] for video, _ in self.frames]
-        super().__init__(SimpleNamespace(paths=paths), None, v2.Compose(steps))
+        labels = [(frame, data.train[frame]) for frame in self.frames]
+        super().__init__(SimpleNamespace(paths=paths, labels=labels), None, v2.Compose(steps))
 
     def read(self, index: int) -> Tensor:
         return read_second(self.split.paths[index], self.frames[index][1], self.cfg)
@@ -179,13 +180,13 @@ class Seconds(Videos):
         return clip.as_subclass(Tensor), torch.cat([boxes, does], dim=1)[inside]
 
 
-def collate(items: list) -> tuple[Tensor, Tensor, dict[str, str]]:
+def collate(items: list) -> tuple[Tensor, Tensor, dict[int, str]]:
     """Items of Seconds -> (clips (B, T, C, H, W), persons (M, 5 + actions), unreadable).
 
     A person's row begins with the place of its clip in the batch.
     """
     clips, persons, parts = zip(*items, strict=True)
-    unreadable = {path: error for part in parts for path, error in part.items()}
+    unreadable = {index: error for part in parts for index, error in part.items()}
     rows = [F.pad(rows, (1, 0), value=i) for i, rows in enumerate(persons)]
     return torch.stack(clips), torch.cat(rows), unreadable
 

@@ -81,10 +81,10 @@ class TuneConfig(RunConfig):
     steps: int = opt(1000, "steps of the recipe own, unless --epochs is given", 1)
     batch: int = opt(512, "videos per step, over all GPUs and gradient accumulation passes", 1)
     micro: int | None = opt(None, "videos per GPU and forward pass; None: no accumulation", 1)
-    base_lr: float = opt(1e-3, "learning rate at batch 256; the peak is base_lr * batch / 256")
-    min_lr: float = opt(1e-6, "last learning rate, scaled like base_lr")
+    base_lr: float = opt(1e-3, "learning rate at batch 256; the peak is base_lr * batch / 256", 0)
+    min_lr: float = opt(1e-6, "last learning rate, scaled like base_lr", 0)
     warmup: float | None = opt(5, "epochs of linear warm-up; None: a tenth", 0)
-    weight_decay: float = opt(0.05, "AdamW's; none on biases and norms")
+    weight_decay: float = opt(0.05, "AdamW's; none on biases and norms", 0)
     layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
     # evaluation
@@ -160,6 +160,8 @@ def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, traine
     usual = USUAL if about else USUAL | UNTRAINED.get(preset, {})
     chosen = usual | flags | weights if trained else usual | weights | flags
     chosen = {key: chosen[key] for key in keys}
+    if lost := [f"--{key} {flags[key]}" for key in flags if flags[key] != chosen[key]]:
+        Run.say(f"note: {source} gets clips as in its training, not {', '.join(lost)}")
     if chosen["stride"] == 0 and chosen.get("sampling") == "uniform":
         raise ValueError("--stride 0 is one frame held still: it needs --sampling dense")
     cfg, side = replace(cfg, init=source, **chosen), chosen["resolution"]
@@ -241,6 +243,8 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     if train.classes != classes:
         train = fit_classes(train, classes, "the test videos", "the training videos")
     test = fit_classes(test, classes, "the training videos", "the test videos")
+    if len(classes) < 2:
+        raise ValueError(f"all videos are of one class, {brief(*classes)}: two are needed")
     if new := sorted({classes[label] for label in {*test.labels} - {*train.labels}}):
         Run.say(f"note: test videos, but no training videos, are of {brief(', '.join(new))}")
     return train, test

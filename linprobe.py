@@ -12,6 +12,7 @@ once, at the end. Leaves runs/NAME/ with features.pt, results.json, predictions.
 Expect less than from fine-tuning: 38.9 % where that gives 69.6 % (paper, Something-Something V2).
 """
 
+import json
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -170,6 +171,9 @@ def main(argv: list[str]) -> None:
     encoder = speed.place(model, device)["encoder"]
     untrained = "-random" * (cfg.init == "random")
     folder = Path("runs") / (cfg.name or f"linprobe-{preset}{untrained}")
+    results = folder / "results.json"
+    if results.exists() and json.loads(results.read_text()).get("init") != cfg.init:
+        raise ValueError(f"{folder} holds results of other weights: choose a --name")
     how = (cfg, device, folder / "features.pt")
     if cfg.features:
         return write_features(encoder, *how)

@@ -54,11 +54,11 @@ class Config(RunConfig):
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs and gradient accumulation passes", 1)
     micro: int | None = opt(None, "videos per GPU and forward pass; None: no accumulation", 1)
-    base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256")
-    min_lr: float = opt(1e-5, "final learning rate, scaled like base_lr")
+    base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256", 0)
+    min_lr: float = opt(1e-5, "final learning rate, scaled like base_lr", 0)
     warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
-    weight_decay: float = opt(0.05, "AdamW's; none on biases, norms and the mask token")
-    beta2: float = opt(0.95, "AdamW's second beta; the first is 0.9")
+    weight_decay: float = opt(0.05, "AdamW's; none on biases, norms and the mask token", 0)
+    beta2: float = opt(0.95, "AdamW's second beta; the first is 0.9", 0, 0.9999)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
 
 

@@ -14,7 +14,7 @@ import torch
 from torchvision.ops import box_iou
 
 from lib.annotations import brief, list_lines
-from lib.lists import video_files
+from lib.lists import by_name
 from lib.run import Run
 
 Box = tuple[float, float, float, float]
@@ -56,9 +56,11 @@ def read(cfg) -> Annotations:
     if others := {video for video, _ in found} - {video for video, _ in test}:
         raise ValueError(f"{boxes} has boxes of {min(others)}, which {TEST} does not know")
     test, found = ({f: x for f, x in part.items() if f not in excluded} for part in (test, found))
+    if both := train.keys() & test.keys():
+        raise ValueError("{} and {} both have {}, second {}".format(TRAIN, TEST, *min(both)))
 
-    films = {path.stem: path for path in reversed(video_files(data)[0])}
     wanted = {video for video, _ in train | test}
+    films = by_name(data, wanted)
     if missing := wanted - films.keys():
         line = f"{len(missing)} of {len(wanted)} films are not in {data}, such as {min(missing)}"
         if cfg.missing == "error" or len(missing) == len(wanted):

@@ -78,7 +78,7 @@ def cut(path: Path, every: float | None) -> list[Window]:
         Run.say(f"note: {shown(path)} says no frame rate: it is taken as a whole")
     if not rate:
         return [Window(path)]
-    step = max(every * rate, 1)
+    step = min(max(every * rate, 1), total)
     count = math.ceil(total / step - 1e-9)  # a rounding error must not add an empty window
     firsts = [int(k * step) for k in range(count)]
     parts = enumerate(pairwise([*firsts, total]))
@@ -98,15 +98,15 @@ def fit_classes(split: Split, classes: list[str], whose: str, these="these video
     values = [str(int(name)) for name in classes if name.isdecimal()]
     if numbers and not unnamed and len({*values}) == known:
         split = relabel(split, values, whose)
-        for path, label in zip(split.paths, split.labels, strict=True):
-            if path.parent.name != classes[label] and path.parent.name in classes:
-                raise ValueError(f"{shown(path)} has the label {values[label]}, not its folder's")
     elif not numbers and (not unnamed or {*split.classes} & {*classes}):
         split = relabel(split, classes, whose)
     elif count > known or (count < known and not numbers):
         raise ValueError(f"{whose}: there are {known} classes, {these} have {count}")
     elif unnamed != numbers:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
+    for path, label in zip(split.paths, split.labels, strict=True):
+        if numbers and not unnamed and classes[label] != path.parent.name in classes:
+            raise ValueError(f"{shown(path)} is listed as {classes[label]}, not as its folder says")
     if 0 < len({*split.labels}) < known:
         Run.say(f"note: {these} are of {len({*split.labels})} of {known} classes of {whose}")
     return replace(split, classes=classes) if numbers else split
@@ -204,6 +204,8 @@ def each_video(
             inputs = item if isinstance(item, tuple) else (item,)
             with engine.autocast(device, dtype):
                 out = model(*(x.to(device, non_blocking=True) for x in inputs)).float()
+            if not out.isfinite().all():
+                raise ValueError("outputs are not finite: take other weights, or --precision fp32")
             kept[views.keys[index]] = score(out).cpu()
             if time.time() > saved + 600:
                 save()

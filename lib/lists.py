@@ -232,6 +232,17 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
     return sorted(videos), notes
 
 
+def by_name(data: Path, wanted: set[str]) -> dict[str, Path]:
+    """{name without ending: file} of the videos below `data`. Of several, the first; it is said."""
+    files, found = video_files(data)[0], {}
+    others = [path for path in files if found.setdefault(path.stem, path) != path]
+    others = [path for path in others if path.stem in wanted]
+    if others and engine.rank() == 0:
+        chosen = f"{shown(found[others[0].stem])} is taken, not {shown(others[0])}"
+        print(f"note: {len(others)} videos have the names of others, such as: {chosen}")
+    return found
+
+
 def _read_folder(data: Path) -> Split:
     paths, notes = video_files(data)
     if not paths and notes:
@@ -250,7 +261,7 @@ def _read_file(data: Path, file: Path) -> Split:
     found = annotations.read_json(file) if json else annotations.read_list(data, file)
     (names, labels, classes), there = found, {}
     if names and isinstance(names[0], tuple):  # ids: their files may lie in folders of classes
-        there = {path.stem: path for path in reversed(video_files(data)[0])}
+        there = by_name(data, {candidate for name in names for candidate in name})
         end = ".webm" if json else ".mp4"
         names = [next(filter(there.get, name), name[0] + end) for name in names]
     kind = "list" if classes == [str(n) for n in range(len(classes))] else "named list"

@@ -22,8 +22,9 @@ def in_processes(work, items: list, processes: int, silence: float = 60):
                 if not idle:
                     pipe, there = multiprocessing.Pipe()
                     how = dict(target=_serve, args=(work, there, silence), daemon=True)
-                    started[pipe] = multiprocessing.Process(**how)
-                    started[pipe].start()
+                    process = multiprocessing.Process(**how)
+                    process.start()
+                    started[pipe] = process
                     there.close()  # so that the end of the process is the end of the pipe
                     idle.append(pipe)
                 pipe = idle.pop()

@@ -3,12 +3,14 @@
 A stage hands its data, model and optimizer to Run and writes the loop itself, see pretrain.py.
 """
 
+import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,7 @@ from lib.engine import opt
 # What may differ on --resume. Of these, only micro changes the training: other masks are drawn.
 MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
 boxes threshold name resume device compile memory log_every save_minutes""".split()
+LOWER = "try a lower --base-lr, --clip-grad 1 or --precision fp32"
 
 
 @dataclass
@@ -37,7 +40,7 @@ class StageConfig:
     missing: Literal["error", "skip"] = opt("error", "where listed videos are not there")
     workers: int = opt(2, "decoding processes per GPU; 0 decodes in the main process", 0)
     name: str | None = opt(None, "results go to runs/NAME; None: STAGE-PRESET")
-    seed: int = opt(0, "of everything random: weights, order, crops, masks, dropout", 0)
+    seed: int = opt(0, "of all that is random: weights, order, crops, masks, dropout", 0, 2**63)
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute; mps is untested")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = opt("auto", "of matrix products")
 
@@ -91,7 +94,10 @@ class Run:
         self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
         self.per_epoch = max(len(videos) // cfg.batch, 1)
         self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
+        # Folders may move, and `data.py prepare` changes endings.
+        listed = repr(([path.stem for path in videos.split.paths], videos.split.labels))
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
+        config["list of videos"] = hashlib.sha256(listed.encode()).hexdigest()[:8]
         self.config = json.loads(json.dumps(config))  # lists instead of tuples, as after loading
         if engine.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +186,8 @@ class Run:
             asked = time.time()
             clips, labels, unreadable = next(batches)
             self.log.waited += time.time() - asked
-            for path in unreadable.keys() - self.unreadable.keys():
-                tqdm.write(f"left out, unreadable: {unreadable[path]}", file=sys.stderr)
+            for error in {*unreadable.values()} - {*self.unreadable.values()}:
+                tqdm.write(f"left out, unreadable: {error}", file=sys.stderr)
             self.unreadable |= unreadable
             if len(self.unreadable) > len(self.videos) / 10:
                 advice = "over a tenth of the videos cannot be read, see `python data.py check`"
@@ -233,6 +239,8 @@ class Run:
             self._log_line(done, lr)
         if not (line and due or self.stop) or engine.rank() > 0:
             return False
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise ValueError(f"the weights are not finite after step {done} (lr {lr:.3g}): {LOWER}")
         state = dict(stage=self.stage, config=self.config, step=done, steps=self.total)
         for key in ("model", "optimizer", "scaler"):
             state[key] = getattr(self, key).state_dict()
@@ -253,14 +261,14 @@ class Run:
             if broken.any():
                 found = [None] * engine.processes()
                 dist.all_gather_object(found, self.unreadable)
-                self.unreadable = {path: error for part in found for path, error in part.items()}
+                self.unreadable = {index: error for part in found for index, error in part.items()}
         losses, self.losses = losses.tolist(), []
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):
                 names = [str(self.videos.split.paths[i]) for i, _ in self.order.step_keys(step)]
                 raise ValueError(
-                    f"the loss is {loss} at step {step} (lr {lr:.3g}): try a lower --base-lr, "
-                    f"--clip-grad 1 or --precision fp32; videos: {', '.join(names[:8])}"
+                    f"the loss is {loss} at step {step} (lr {lr:.3g}): {LOWER}; "
+                    f"videos: {', '.join(names[:8])}"
                 )
         clips = len(losses) * self.cfg.batch * self.cfg.repeats
         values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
@@ -302,9 +310,11 @@ class Log:
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            old = [line for line in old if line.endswith("}")]  # the last may have been cut short
-            kept = [line for line in old if json.loads(line).get("step", 0) <= start]
-            engine.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            kept = []
+            for line in old:
+                with suppress(ValueError):  # the last may have been cut short
+                    kept += [f"{line}\n"] if json.loads(line).get("step", 0) <= start else []
+            engine.write_whole(self.path, "".join(kept))
         if not start:
             self.write(config=config, torch=torch.__version__)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -602,6 +603,23 @@ def test_missing_films_are_an_error_or_left_out_and_said(here, tmp_path, capsys)
     detect.main([*flags, "--missing", "skip"])
     assert "2 of 9 films are not in" in capsys.readouterr().out
     assert result("missing")["frames"] == 3
+
+
+def test_what_is_taken_from_a_second_file_or_part_is_said(films, tmp_path, capsys):
+    folder = tmp_path / "films"
+    shutil.copytree(films, folder)
+    film = min(folder.glob("*.mp4"))
+    (folder / "zoo").mkdir()
+    shutil.copy(film, folder / "zoo")
+    cfg = Config(**PRESETS["toy"] | dict(data=str(folder)))
+    assert ava.read(cfg).films[film.stem] == film
+    told = f"1 videos have the names of others, such as: {film} is taken, not {folder}/zoo/"
+    assert told in capsys.readouterr().out
+    row = (folder / ava.TEST).read_text().splitlines()[0]
+    (folder / ava.TRAIN).open("a").write(f"{row}\n")
+    both = f"{ava.TRAIN} and {ava.TEST} both have {row.split(',')[0]}, second "
+    with pytest.raises(ValueError, match=both):
+        ava.read(cfg)
 
 
 def test_presets_are_the_papers():

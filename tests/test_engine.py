@@ -177,10 +177,14 @@ def test_cli_prints_user_errors_and_lets_bugs_through(capsys, monkeypatch):
 # runs: a model of one weight, data of numbers
 
 
+SPLIT = SimpleNamespace(paths=[Path(f"{i}.avi") for i in range(12)], labels=[0] * 12)
+
+
 class Numbers:
     """A data set whose items are their index."""
 
-    split = SimpleNamespace(paths=[f"{i}.avi" for i in range(12)])
+    def __init__(self, split):
+        self.split = split
 
     def __len__(self):
         return 12
@@ -204,13 +208,14 @@ DEFAULTS = dict(
 )  # fmt: skip
 
 
-def begin(**flags):
+def begin(split=SPLIT, **flags):
     Config = dataclass(
         type("Config", (), {"__annotations__": {k: object for k in DEFAULTS}, **DEFAULTS})
     )
     model = OneWeight()
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    return Run("pretrain", "x", Config(**flags), model, optimizer, Numbers(), torch.device("cpu"))
+    videos = Numbers(split)
+    return Run("pretrain", "x", Config(**flags), model, optimizer, videos, torch.device("cpu"))
 
 
 def finish(run, before_step=lambda step: None, unreadable=None):
@@ -265,6 +270,9 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the model was .*one"):
         patch.setattr(OneWeight, "config", dict(size="two"))
         begin(resume=True)
+    for change in (dict(labels=[1] * 12), dict(paths=SPLIT.paths[::-1])):
+        with pytest.raises(ValueError, match="the list of videos was .*: take these"):
+            begin(resume=True, split=SimpleNamespace(**vars(SPLIT) | change))
     with pytest.raises(ValueError, match="--warmup 2 must be less than --epochs 2"):
         begin(warmup=2)
     with pytest.raises(ValueError, match="--compile chooses .* leave out --memory"):
@@ -314,15 +322,39 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, mon
     assert engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["step"] == 3  # the one before
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Although the loss was finite before the step."""
+    monkeypatch.chdir(tmp_path)
+    run = begin(save_minutes=0)
+    update = lambda lr, was=run.update: was(float("inf") if run.step == 3 else lr)
+    monkeypatch.setattr(run, "update", update)
+    with pytest.raises(ValueError, match="weights are not finite after step 4 .*lower --base-lr"):
+        finish(run)
+    assert engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["step"] == 3
+
+
+def test_a_log_that_was_cut_anywhere_is_no_reason_not_to_go_on(tmp_path):
+    Log(tmp_path, 0, 9, config=dict(a={})).write(step=2)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "a": {"b": 1}\nx}\n')
+    Log(tmp_path, 3, 9, config={})
+    assert [json.loads(line).get("step") for line in open(tmp_path / "log.jsonl")] == [None, 2]
+
+
 def test_unreadable_videos_are_named_once_and_too_many_end_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    finish(begin(), unreadable={"a.avi": "a.avi: broken"})
+    finish(begin(), unreadable={0: "a.avi: broken"})
     said = capsys.readouterr()
     assert said.err.count("a.avi: broken") == 1 and "1 unreadable videos" in said.out
     assert lines()[-1]["unreadable"] == 1
     os.rename("runs/x", "runs/y")
+    # Two seconds of one film are two items of detect.py.
     with pytest.raises(ValueError, match="over a tenth"):
-        finish(begin(), unreadable={"a.avi": "a.avi: broken", "b.avi": "b.avi: broken"})
+        finish(begin(), unreadable={0: "a.avi: broken", 1: "a.avi: broken"})
+    assert capsys.readouterr().err.count("a.avi: broken") == 1
+    os.rename("runs/x", "runs/z")
+    with pytest.raises(ValueError, match="over a tenth"):
+        finish(begin(), unreadable={0: "a.avi: broken", 1: "b.avi: broken"})
 
 
 def test_a_new_run_forgets_an_old_log(tmp_path):

@@ -139,7 +139,7 @@ def clip_flags(cfg):
     return (cfg.frames, cfg.stride, cfg.sampling, cfg.resolution, cfg.size, cfg.cube, cfg.positions)
 
 
-def test_clips_are_those_of_the_weights_unless_a_flag_says_otherwise():
+def test_clips_are_those_of_the_weights_unless_a_flag_says_otherwise(capsys):
     def settled(argv, about, **more):
         preset, cfg = engine.parse_config(Config, argv, "", PRESETS)
         cfg, config, line = settle_clips(cfg, preset, about, "W", **more)
@@ -155,7 +155,11 @@ def test_clips_are_those_of_the_weights_unless_a_flag_says_otherwise():
     )  # hmdb51 has a stride of its own
     assert found == (32, 2, "uniform", 112, *theirs[4:])
     assert "clips of 32 frames" in line and "112x112 pixels, cubes 2x16x16, size small" in line
+    capsys.readouterr()
     assert settled(["hmdb51", "--resolution", "112"], ABOUT, trained=True)[0] == theirs
+    lost = "W gets clips as in its training, not --stride 2, --resolution 112"
+    assert lost in capsys.readouterr().out
+    assert settled(own, ABOUT, trained=True)[0] == theirs and not capsys.readouterr().out
     assert settled(["toy"], {})[0] == (8, 2, "dense", 48, "toy", (2, 8, 8), "3d")
     assert settled(own, dict(size="small", cube=(2, 16, 16)))[0] == (*paper[:4], *theirs[4:])
     for flags in ("--size base", "--cube 2 8 8"):
@@ -335,6 +339,10 @@ def test_results_are_kept_for_the_same_video_weights_and_flags_only(tmp_path, ca
     model.weight += 1
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]
     assert run(["a 1", "b 2", "c 1"], cfg=replace(cfg, crops=1)) == [0, 1, 2]
+    model.weight += math.nan
+    with pytest.raises(ValueError, match="outputs are not finite: take other weights"):
+        run(["a 1"])
+    model.weight.fill_(3)
     (tmp_path / "kept.pt").write_bytes(b"broken")
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]
     file = tmp_path / "a.avi"
@@ -450,6 +458,8 @@ def test_a_film_is_predicted_window_by_window_from_its_own_frames(here, tmp_path
     windows = evaluate.cut(film, 0.1)
     assert [window.first for window in windows[:4]] == [0, 2, 5, 7] and len(windows) == 18
     assert sum(window.frames for window in windows) == 45
+    for whole in (1e9, math.inf):
+        assert evaluate.cut(film, whole) == [(film, 0, 0, 45)]
     assert evaluate.cut(film, 1e-9)[-1][1:] == (pytest.approx(44 / 25), 44, 1)
     with monkeypatch.context() as patch:  # 1.5 s are 5 windows, not 6 by rounding up
         patch.setattr(evaluate, "length", lambda path: (36, 24.0))
@@ -681,6 +691,8 @@ def test_overlap_and_labels_are_checked(tmp_path):
         finetune.read_parts(Config(data=f"{tmp_path}/in", test_data=f"{tmp_path}/wrong"), "own")
     with pytest.raises(ValueError, match="the training videos: no class is called w"):
         parts("a.avi x\nb.avi y\n", "c.avi w\n")
+    with pytest.raises(ValueError, match="all videos are of one class, x: two are needed"):
+        parts("a.avi x\nb.avi x\n", "c.avi x\n")
     with pytest.raises(ValueError, match="--data is missing"):
         finetune.read_parts(Config(), "k400")
 
@@ -696,8 +708,14 @@ def test_folders_that_are_numbers_meet_lists_of_numbers(tmp_path):
     parts = [finetune.read_parts(Config(**how, test_splits=splits), "own")
              for splits in (None, f"{tmp_path}/test.txt")]  # fmt: skip
     (tmp_path / "places.txt").write_text("10/test.avi 1\n12/test.avi 3\n")  # in the sorted row
-    with pytest.raises(ValueError, match="10/test.avi has the label 1, not its folder's"):
+    with pytest.raises(ValueError, match="10/test.avi is listed as 1, not as its folder says"):
         finetune.read_parts(Config(**how, test_splits=f"{tmp_path}/places.txt"), "own")
+    for old, new in (("2", "run"), ("10", "sit")):
+        (tmp_path / "train" / old).rename(tmp_path / "train" / new)
+        (tmp_path / "test" / old).rename(tmp_path / "test" / new)
+    (tmp_path / "names.txt").write_text("run/test.avi 11\nsit/test.avi 10\n")  # 11 is sit
+    with pytest.raises(ValueError, match="run/test.avi is listed as sit, not as its folder says"):
+        finetune.read_parts(Config(**how, test_splits=f"{tmp_path}/names.txt"), "own")
     for _, test in parts:
         names = {path.parent.name for path in test.paths}
         assert {test.classes[label] for label in test.labels} == names == {"2", "10", "12"}

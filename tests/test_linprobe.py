@@ -59,13 +59,19 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
         for views in (linprobe.WindowViews, linprobe.RandomViews):
             patch.setattr(views, "__getitem__", None)  # must not be needed again
         linprobe.main([*flags, "--epochs", "3"])
-        for change in (["--stride", "2"], ["--seed", "1"], ["--init", "random"], ["--shots", "2"]):
+        for change in (["--stride", "2"], ["--seed", "1"], ["--shots", "2"]):
             with pytest.raises(TypeError):
                 linprobe.main([*flags, *change, "--name", "linprobe-toy"])  # other features
     with open("runs/linprobe-toy/features.pt", "r+b") as file:
         file.truncate(1000)
     linprobe.main(flags)  # a broken cache is as none
     assert result("linprobe-toy") == first
+    kept = open("runs/linprobe-toy/features.pt", "rb").read()
+    other = ["--init", "random", "--resolution", "32", "--name", "linprobe-toy"]
+    with pytest.raises(ValueError, match="linprobe-toy holds results of other weights: choose a"):
+        linprobe.main([*flags, *other])
+    assert result("linprobe-toy") == first
+    assert open("runs/linprobe-toy/features.pt", "rb").read() == kept
     # Cubes of other sides, of equal weights in the same shapes.
     flags += "--init random --positions 1d --resolution 32 --name cubes --cube 2".split()
     linprobe.main([*flags, "4", "16"])
@@ -90,6 +96,10 @@ def test_a_fine_tuned_encoder_is_probed_without_a_last_norm(here, capsys):
     finetune.main(["toy", "--data", here, *small])
     capsys.readouterr()
     flags = ["--init", "runs/tuned/checkpoint.pt", "--repeats", "1", "--clips", "1"]
+    with pytest.raises(ValueError, match="runs/tuned holds results of other weights"):
+        linprobe.main(["toy", "--data", here, *FLAGS, *flags, "--name", "tuned"])
+    capsys.readouterr()
+    flags += ["--name", "probe-of-tuned"]
     linprobe.main(["toy", "--data", here, *FLAGS, *flags])
     assert "54 of 54 tensors matched" in capsys.readouterr().out
 
@@ -122,8 +132,11 @@ def test_the_choice_of_the_learning_rate_never_sees_a_test_video(monkeypatch):
 def test_test_labels_change_no_choice_and_no_score(here, tmp_path):
     """The same test videos under other labels: same learning rate, same scores."""
     test = read_split(here, train=False)
+    links = [tmp_path / path.name for path in test.paths]  # where no folder tells the class
+    for link, path in zip(links, test.paths, strict=True):
+        link.symlink_to(path)
     for name, shift in (("as-is", 0), ("shifted", 1)):
-        lines = [f"{p} {(k + shift) % 12}\n" for p, k in zip(test.paths, test.labels, strict=True)]
+        lines = [f"{p} {(k + shift) % 12}\n" for p, k in zip(links, test.labels, strict=True)]
         (tmp_path / f"{name}.txt").write_text("".join(lines))
         more = ["--test-splits", str(tmp_path / f"{name}.txt"), "--name", name, "--clips", "1"]
         linprobe.main(["toy", "--data", here, *FLAGS, *more])

@@ -317,11 +317,12 @@ def ssv2(folder, file, ids, labelled=True):
     return folder / file
 
 
-def test_something_something_is_read_as_published(tmp_path):
+def test_something_something_is_read_as_published(tmp_path, capsys):
     data = tmp_path / "20bn-something-something-v2"
     touch(data, "3.webm", "4.webm", "5.mp4", "30.webm", "old/3.webm")
     train = ssv2(tmp_path, "something-something-v2-train.json", [4, 3, 5])
     split = read_split(data, train)
+    assert f"{data}/3.webm is taken, not {data}/old/3.webm" in capsys.readouterr().out
     plain = [template.replace("[", "").replace("]", "") for template in TEMPLATES]
     assert split.paths == [data / name for name in ("4.webm", "3.webm", "5.mp4")]  # any ending
     assert split.classes == sorted(plain) and [split.classes[label] for label in split.labels] == [

@@ -126,6 +126,15 @@ def test_processes_that_die_or_hang_cost_one_item():
     assert not multiprocessing.active_children()
 
 
+def test_a_process_that_cannot_start_is_told(monkeypatch):
+    def start(self):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start)
+    with pytest.raises(OSError, match="no more processes"):
+        list(in_processes(work, [1], 1))
+
+
 def test_processes_end_with_the_main_one():
     code = "from lib.processes import in_processes\nimport time\nimport os\n"
     code += "def work(item, alive):\n    print(os.getpid(), flush=True)\n    return 1\n"
