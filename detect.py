@@ -164,7 +164,10 @@ class Seconds(Videos):
         steps = [v2.Resize(cfg.short_side, antialias=True), v2.RandomCrop(cfg.resolution)]
         steps += [v2.RandomHorizontalFlip()] if cfg.flip else []
         paths = [data.films[video] for video, _ in self.frames]
-        labels = [(frame, data.train[frame]) for frame in self.frames]
+        persons = (
+            [(box, sorted(does)) for box, does in data.train[f].items()] for f in self.frames
+        )
+        labels = [*zip(self.frames, map(sorted, persons), strict=True)]  # for --resume
         super().__init__(SimpleNamespace(paths=paths, labels=labels), None, v2.Compose(steps))
 
     def read(self, index: int) -> Tensor:

@@ -160,8 +160,9 @@ def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, traine
     usual = USUAL if about else USUAL | UNTRAINED.get(preset, {})
     chosen = usual | flags | weights if trained else usual | weights | flags
     chosen = {key: chosen[key] for key in keys}
-    if lost := [f"--{key} {flags[key]}" for key in flags if flags[key] != chosen[key]]:
-        Run.say(f"note: {source} gets clips as in its training, not {', '.join(lost)}")
+    other = [key for key in flags if flags[key] not in (chosen[key], getattr(type(cfg), key))]
+    if lost := ", ".join(f"--{key} {flags[key]}" for key in other):
+        Run.say(f"note: {source} gets clips as in its training, not {lost} of the preset or yours")
     if chosen["stride"] == 0 and chosen.get("sampling") == "uniform":
         raise ValueError("--stride 0 is one frame held still: it needs --sampling dense")
     cfg, side = replace(cfg, init=source, **chosen), chosen["resolution"]
@@ -243,8 +244,9 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     if train.classes != classes:
         train = fit_classes(train, classes, "the test videos", "the training videos")
     test = fit_classes(test, classes, "the training videos", "the test videos")
-    if len(classes) < 2:
-        raise ValueError(f"all videos are of one class, {brief(*classes)}: two are needed")
+    if len({*train.labels}) < 2 and not alone:
+        one = brief(classes[train.labels[0]])
+        raise ValueError(f"all training videos are of one class, {one}: two are needed")
     if new := sorted({classes[label] for label in {*test.labels} - {*train.labels}}):
         Run.say(f"note: test videos, but no training videos, are of {brief(', '.join(new))}")
     return train, test

@@ -171,12 +171,15 @@ def main(argv: list[str]) -> None:
     encoder = speed.place(model, device)["encoder"]
     untrained = "-random" * (cfg.init == "random")
     folder = Path("runs") / (cfg.name or f"linprobe-{preset}{untrained}")
-    results = folder / "results.json"
-    if results.exists() and json.loads(results.read_text()).get("init") != cfg.init:
-        raise ValueError(f"{folder} holds results of other weights: choose a --name")
     how = (cfg, device, folder / "features.pt")
     if cfg.features:
         return write_features(encoder, *how)
+    place = lambda init: str(Path(init).resolve()).removesuffix("/checkpoint.pt")
+    results = folder / "results.json"
+    if results.exists():
+        before = json.loads(results.read_text()).get("init")  # a fine-tuning's have none
+        if before is None or place(before) != place(cfg.init):
+            raise ValueError(f"{folder} holds results of other weights: choose a --name")
 
     # Features (videos, K, D) of K views.
     train, test = finetune.read_parts(cfg, preset)

@@ -105,7 +105,10 @@ def fit_classes(split: Split, classes: list[str], whose: str, these="these video
     elif unnamed != numbers:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
     for path, label in zip(split.paths, split.labels, strict=True):
-        if numbers and not unnamed and classes[label] != path.parent.name in classes:
+        # Its class by its folders, such as indoor/run, the longest name that is known.
+        above = ["/".join(path.parts[i:-1]) for i in range(len(path.parts))]
+        found = next((name for name in above if name in classes), classes[label])
+        if numbers and not unnamed and found != classes[label]:
             raise ValueError(f"{shown(path)} is listed as {classes[label]}, not as its folder says")
     if 0 < len({*split.labels}) < known:
         Run.say(f"note: {these} are of {len({*split.labels})} of {known} classes of {whose}")
@@ -205,7 +208,10 @@ def each_video(
             with engine.autocast(device, dtype):
                 out = model(*(x.to(device, non_blocking=True) for x in inputs)).float()
             if not out.isfinite().all():
-                raise ValueError("outputs are not finite: take other weights, or --precision fp32")
+                errors[index] = (
+                    f"{views.keys[index]}: the output is not finite, try --precision fp32"
+                )
+                continue
             kept[views.keys[index]] = score(out).cpu()
             if time.time() > saved + 600:
                 save()

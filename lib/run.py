@@ -94,8 +94,9 @@ class Run:
         self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
         self.per_epoch = max(len(videos) // cfg.batch, 1)
         self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
-        # Folders may move, and `data.py prepare` changes endings.
-        listed = repr(([path.stem for path in videos.split.paths], videos.split.labels))
+        # Folders may move, and `data.py prepare` changes endings. Pre-training reads no labels.
+        labels = videos.split.labels if stage in ("finetune", "detect") else ()
+        listed = repr(([path.stem for path in videos.split.paths], labels))
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
         config["list of videos"] = hashlib.sha256(listed.encode()).hexdigest()[:8]
         self.config = json.loads(json.dumps(config))  # lists instead of tuples, as after loading
@@ -147,7 +148,9 @@ class Run:
         changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
         if changed:
             was = "; ".join(f"{key} was {str(before[key])[:40]}" for key in changed)
-            raise ValueError(f"--resume with other flags ({was}): take these, or another --name")
+            raise ValueError(
+                f"--resume with other flags or videos ({was}): take these, or another --name"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # fp16, at least before

@@ -471,6 +471,11 @@ def test_resumed_training_is_the_uninterrupted_one(here, monkeypatch):
     assert result("resumed")["boxes"] < result("whole")["boxes"]
     with pytest.raises(ValueError, match="short_side"):
         detect.main([*flags, "resumed", "--resume", "--short-side", "90"])
+    data = ava.read(detect.Config(**PRESETS["toy"] | dict(data=here)))
+    next(iter(data.train[min(data.train)].values())).add(12)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="list of videos was"):
+        patch.setattr(ava, "read", lambda cfg: data)
+        detect.main([*flags, "resumed", "--resume"])
 
 
 def test_1_and_2_processes_train_and_evaluate_alike(here, train):

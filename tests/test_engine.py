@@ -263,16 +263,22 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
     assert "6 (2 epochs" in said and "1 processes x 2 passes x 2 videos" in said
     with pytest.raises(ValueError, match="--resume"):
         begin()
-    with pytest.raises(ValueError, match=r"with other flags \(epochs was 2\)"):
+    with pytest.raises(ValueError, match=r"with other flags or videos \(epochs was 2\)"):
         begin(resume=True, epochs=3)
-    with pytest.raises(ValueError, match=r"with other flags \(model was a\)"):
+    with pytest.raises(ValueError, match=r"with other flags or videos \(model was a\)"):
         begin(resume=True, model="b")
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the model was .*one"):
         patch.setattr(OneWeight, "config", dict(size="two"))
         begin(resume=True)
-    for change in (dict(labels=[1] * 12), dict(paths=SPLIT.paths[::-1])):
-        with pytest.raises(ValueError, match="the list of videos was .*: take these"):
-            begin(resume=True, split=SimpleNamespace(**vars(SPLIT) | change))
+    split = lambda **change: SimpleNamespace(**vars(SPLIT) | change)
+    with pytest.raises(ValueError, match="the list of videos was .*: take these"):
+        begin(resume=True, split=split(paths=SPLIT.paths[::-1]))
+    moved = [Path("elsewhere") / f"{path.stem}.mp4" for path in SPLIT.paths]
+    assert begin(resume=True, split=split(paths=moved, labels=[1] * 12)).start == 6
+    del state["config"]["list of videos"]  # as in older checkpoints
+    engine.save_checkpoint("runs/x/checkpoint.pt", **state)
+    assert begin(resume=True, split=split(paths=SPLIT.paths[::-1])).start == 6
+    capsys.readouterr()
     with pytest.raises(ValueError, match="--warmup 2 must be less than --epochs 2"):
         begin(warmup=2)
     with pytest.raises(ValueError, match="--compile chooses .* leave out --memory"):

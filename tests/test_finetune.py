@@ -157,7 +157,9 @@ def test_clips_are_those_of_the_weights_unless_a_flag_says_otherwise(capsys):
     assert "clips of 32 frames" in line and "112x112 pixels, cubes 2x16x16, size small" in line
     capsys.readouterr()
     assert settled(["hmdb51", "--resolution", "112"], ABOUT, trained=True)[0] == theirs
-    lost = "W gets clips as in its training, not --stride 2, --resolution 112"
+    lost = (
+        "W gets clips as in its training, not --stride 2, --resolution 112 of the preset or yours"
+    )
     assert lost in capsys.readouterr().out
     assert settled(own, ABOUT, trained=True)[0] == theirs and not capsys.readouterr().out
     assert settled(["toy"], {})[0] == (8, 2, "dense", 48, "toy", (2, 8, 8), "3d")
@@ -340,8 +342,10 @@ def test_results_are_kept_for_the_same_video_weights_and_flags_only(tmp_path, ca
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]
     assert run(["a 1", "b 2", "c 1"], cfg=replace(cfg, crops=1)) == [0, 1, 2]
     model.weight += math.nan
-    with pytest.raises(ValueError, match="outputs are not finite: take other weights"):
-        run(["a 1"])
+    views = Numbers(["a 1"])
+    views.keys, views.stop = ["a 1"], 9
+    found, errors = evaluate.each_video(model, views, cfg, torch.device("cpu"))
+    assert not found and errors == {0: "a 1: the output is not finite, try --precision fp32"}
     model.weight.fill_(3)
     (tmp_path / "kept.pt").write_bytes(b"broken")
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]
@@ -504,6 +508,11 @@ def test_resumed_finetuning_is_the_uninterrupted_one(here, monkeypatch):
         finetune.main([*flags, "resumed", "--resume", "--base-lr", "1"])
     with pytest.raises(ValueError, match="holds a run"):
         finetune.main([*flags, "resumed"])
+    swapped = read_split(here)
+    swapped.labels[:] = [11 - label for label in swapped.labels]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the list of videos was"):
+        patch.setattr(finetune, "read_parts", lambda *how: (swapped, read_split(here, train=False)))
+        finetune.main([*flags, "resumed", "--resume"])
 
 
 def test_1_and_2_processes_train_alike_and_count_every_test_video_once(here, train):
@@ -691,8 +700,10 @@ def test_overlap_and_labels_are_checked(tmp_path):
         finetune.read_parts(Config(data=f"{tmp_path}/in", test_data=f"{tmp_path}/wrong"), "own")
     with pytest.raises(ValueError, match="the training videos: no class is called w"):
         parts("a.avi x\nb.avi y\n", "c.avi w\n")
-    with pytest.raises(ValueError, match="all videos are of one class, x: two are needed"):
+    with pytest.raises(ValueError, match="all training videos are of one class, x: two are needed"):
         parts("a.avi x\nb.avi x\n", "c.avi x\n")
+    cfg = Config(data=str(tmp_path), eval_only=True, test_splits=f"{tmp_path}/test.txt")
+    assert finetune.read_parts(cfg, "own")[1].classes == ["x"]  # of the classes of the weights
     with pytest.raises(ValueError, match="--data is missing"):
         finetune.read_parts(Config(), "k400")
 
@@ -710,12 +721,22 @@ def test_folders_that_are_numbers_meet_lists_of_numbers(tmp_path):
     (tmp_path / "places.txt").write_text("10/test.avi 1\n12/test.avi 3\n")  # in the sorted row
     with pytest.raises(ValueError, match="10/test.avi is listed as 1, not as its folder says"):
         finetune.read_parts(Config(**how, test_splits=f"{tmp_path}/places.txt"), "own")
-    for old, new in (("2", "run"), ("10", "sit")):
+    for old, new in (("2", "run"), ("10", "in/run")):
+        (tmp_path / "train" / new).parent.mkdir(exist_ok=True)
+        (tmp_path / "test" / new).parent.mkdir(exist_ok=True)
         (tmp_path / "train" / old).rename(tmp_path / "train" / new)
         (tmp_path / "test" / old).rename(tmp_path / "test" / new)
-    (tmp_path / "names.txt").write_text("run/test.avi 11\nsit/test.avi 10\n")  # 11 is sit
-    with pytest.raises(ValueError, match="run/test.avi is listed as sit, not as its folder says"):
-        finetune.read_parts(Config(**how, test_splits=f"{tmp_path}/names.txt"), "own")
+    for numbers, fit in (((11, 10), True), ((10, 11), False)):  # 10 is in/run, 11 run
+        lines = [
+            f"{name}/test.avi {i}\n" for name, i in zip(("run", "in/run"), numbers, strict=True)
+        ]
+        (tmp_path / "names.txt").write_text("".join(lines))
+        cfg = Config(**how, test_splits=f"{tmp_path}/names.txt")
+        if fit:
+            assert finetune.read_parts(cfg, "own")[1].labels == [11, 10]
+            continue
+        with pytest.raises(ValueError, match="run/test.avi is listed as in/run, not as its folder"):
+            finetune.read_parts(cfg, "own")
     for _, test in parts:
         names = {path.parent.name for path in test.paths}
         assert {test.classes[label] for label in test.labels} == names == {"2", "10", "12"}

@@ -64,6 +64,7 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
                 linprobe.main([*flags, *change, "--name", "linprobe-toy"])  # other features
     with open("runs/linprobe-toy/features.pt", "r+b") as file:
         file.truncate(1000)
+    linprobe.main([*flags, "--init", os.path.abspath("runs/pretrain-toy")])
     linprobe.main(flags)  # a broken cache is as none
     assert result("linprobe-toy") == first
     kept = open("runs/linprobe-toy/features.pt", "rb").read()

@@ -246,6 +246,15 @@ def launch(argv, errors):
     torch.distributed.run.main(argv)
 
 
+@pytest.mark.parametrize(
+    "flag", ["--base-lr -1", "--min-lr -1", "--weight-decay -1", "--beta2 1", f"--seed {2**64}"]
+)
+def test_numbers_that_cannot_train_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["toy", *flag.split()])
+    assert f"{flag.split()[0]} " in (said := capsys.readouterr().err) and "must be" in said
+
+
 def test_torchrun_and_a_mistake_in_a_worker(here, forks):
     """The command as the README has it. The mistake comes from a loader worker."""
     os.makedirs("texts")
