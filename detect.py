@@ -164,10 +164,11 @@ class Seconds(Videos):
         steps = [v2.Resize(cfg.short_side, antialias=True), v2.RandomCrop(cfg.resolution)]
         steps += [v2.RandomHorizontalFlip()] if cfg.flip else []
         paths = [data.films[video] for video, _ in self.frames]
-        persons = (
-            [(box, sorted(does)) for box, does in data.train[f].items()] for f in self.frames
-        )
-        labels = [*zip(self.frames, map(sorted, persons), strict=True)]  # for --resume
+        # By these, --resume knows the set. Sorted: lines of the tables may come in any order.
+        labels = [
+            (frame, sorted((box, sorted(does)) for box, does in data.train[frame].items()))
+            for frame in self.frames
+        ]
         super().__init__(SimpleNamespace(paths=paths, labels=labels), None, v2.Compose(steps))
 
     def read(self, index: int) -> Tensor:

@@ -105,8 +105,8 @@ def fit_classes(split: Split, classes: list[str], whose: str, these="these video
     elif unnamed != numbers:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
     for path, label in zip(split.paths, split.labels, strict=True):
-        # Its class by its folders, such as indoor/run, the longest name that is known.
-        above = ["/".join(path.parts[i:-1]) for i in range(len(path.parts))]
+        # The longest name of a class among its folders, such as indoor/run before run.
+        above = ("/".join(path.parts[i:-1]) for i in range(len(path.parts)))
         found = next((name for name in above if name in classes), classes[label])
         if numbers and not unnamed and found != classes[label]:
             raise ValueError(f"{shown(path)} is listed as {classes[label]}, not as its folder says")
@@ -208,9 +208,7 @@ def each_video(
             with engine.autocast(device, dtype):
                 out = model(*(x.to(device, non_blocking=True) for x in inputs)).float()
             if not out.isfinite().all():
-                errors[index] = (
-                    f"{views.keys[index]}: the output is not finite, try --precision fp32"
-                )
+                errors[index] = f"{views.keys[index]}: output not finite, try --precision fp32"
                 continue
             kept[views.keys[index]] = score(out).cpu()
             if time.time() > saved + 600:

@@ -316,7 +316,8 @@ class Log:
             kept = []
             for line in old:
                 with suppress(ValueError):  # the last may have been cut short
-                    kept += [f"{line}\n"] if json.loads(line).get("step", 0) <= start else []
+                    if json.loads(line).get("step", 0) <= start:
+                        kept.append(f"{line}\n")
             engine.write_whole(self.path, "".join(kept))
         if not start:
             self.write(config=config, torch=torch.__version__)

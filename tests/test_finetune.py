@@ -345,7 +345,7 @@ def test_results_are_kept_for_the_same_video_weights_and_flags_only(tmp_path, ca
     views = Numbers(["a 1"])
     views.keys, views.stop = ["a 1"], 9
     found, errors = evaluate.each_video(model, views, cfg, torch.device("cpu"))
-    assert not found and errors == {0: "a 1: the output is not finite, try --precision fp32"}
+    assert not found and errors == {0: "a 1: output not finite, try --precision fp32"}
     model.weight.fill_(3)
     (tmp_path / "kept.pt").write_bytes(b"broken")
     assert run(["a 1", "b 2", "c 1"]) == [0, 1, 2]
