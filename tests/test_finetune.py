@@ -508,10 +508,10 @@ def test_resumed_finetuning_is_the_uninterrupted_one(here, monkeypatch):
         finetune.main([*flags, "resumed", "--resume", "--base-lr", "1"])
     with pytest.raises(ValueError, match="holds a run"):
         finetune.main([*flags, "resumed"])
-    swapped = read_split(here)
-    swapped.labels[:] = [11 - label for label in swapped.labels]
+    drawn = finetune.draw_shots(read_split(here), 1, 0)
+    other = replace(drawn, labels=drawn.labels[::-1])
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="the list of videos was"):
-        patch.setattr(finetune, "read_parts", lambda *how: (swapped, read_split(here, train=False)))
+        patch.setattr(finetune, "draw_shots", lambda *how: other)
         finetune.main([*flags, "resumed", "--resume"])
 
 
@@ -721,6 +721,12 @@ def test_folders_that_are_numbers_meet_lists_of_numbers(tmp_path):
     (tmp_path / "places.txt").write_text("10/test.avi 1\n12/test.avi 3\n")  # in the sorted row
     with pytest.raises(ValueError, match="10/test.avi is listed as 1, not as its folder says"):
         finetune.read_parts(Config(**how, test_splits=f"{tmp_path}/places.txt"), "own")
+    # Two lists that count from 0 agree with each other, whatever folders are called.
+    for part, names in (("train", range(1, 13)), ("test", (2, 10))):
+        lines = [f"{name}/{part}.avi {name - 1}\n" for name in names]
+        (tmp_path / f"{part}0.txt").write_text("".join(lines))
+    lists = dict(splits=f"{tmp_path}/train0.txt", test_splits=f"{tmp_path}/test0.txt")
+    assert finetune.read_parts(Config(**how, **lists), "own")[1].labels == [1, 9]
     for old, new in (("2", "run"), ("10", "in/run")):
         (tmp_path / "train" / new).parent.mkdir(exist_ok=True)
         (tmp_path / "test" / new).parent.mkdir(exist_ok=True)
