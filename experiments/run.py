@@ -187,9 +187,15 @@ def groups_of(names: list[str], fold: int) -> list[list[Job]]:
     return [list(group.values()) for group in groups.values()]
 
 
+def training_part(name: str, fold: int) -> tuple[str, str]:
+    """(folder of the videos, list of the training videos) of a set of DATA."""
+    _, data, *_, splits = DATA[name].replace("FOLD", str(fold)).split()
+    return data, splits
+
+
 def write_few(out: str, fold: int) -> None:
     """Write the list of the few videos of ucf101_5 whose labels fine-tuning gets with --shots."""
-    _, data, *_, splits = DATA["ucf101_5"].replace("FOLD", str(fold)).split()
+    data, splits = training_part("ucf101_5", fold)
     few = finetune.draw_shots(read_split(data, splits), SHOTS, seed=0)
     lines = [f"{path.relative_to(data)}\n" for path in sorted(few.paths)]
     engine.write_whole(out, "".join(lines))
@@ -198,8 +204,8 @@ def write_few(out: str, fold: int) -> None:
 def write_pool(out: str, fold: int) -> None:
     """Write the list of the training videos of both sets, in the folder that holds both."""
     lines = []
-    for flags in DATA.values():
-        _, data, *_, splits = flags.replace("FOLD", str(fold)).split()
+    for name in DATA:
+        data, splits = training_part(name, fold)
         paths = [line.split()[0] for line in Path(splits).read_text().splitlines()]
         lines += [f"{Path(data).name}/{path}\n" for path in paths]
     engine.write_whole(out, "".join(lines))

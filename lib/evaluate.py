@@ -104,11 +104,11 @@ def fit_classes(split: Split, classes: list[str], whose: str, these="these video
         raise ValueError(f"{whose}: there are {known} classes, {these} have {count}")
     elif unnamed != numbers:
         Run.say(f"note: numbers are taken as names: the classes have the order of {whose}")
-    for path, label in zip(split.paths, split.labels, strict=True):
+    pairs = zip(split.paths, split.labels, strict=True) if numbers and not unnamed else ()
+    for path, label in pairs:
         # The longest name of a class among its folders, such as indoor/run before run.
         above = ("/".join(path.parts[i:-1]) for i in range(len(path.parts)))
-        found = next((name for name in above if name in classes), classes[label])
-        if numbers and not unnamed and found != classes[label]:
+        if classes[label] != next((name for name in above if name in classes), classes[label]):
             raise ValueError(f"{shown(path)} is listed as {classes[label]}, not as its folder says")
     if 0 < len({*split.labels}) < known:
         Run.say(f"note: {these} are of {len({*split.labels})} of {known} classes of {whose}")

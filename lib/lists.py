@@ -234,9 +234,9 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
 
 def by_name(data: Path, wanted: set[str]) -> dict[str, Path]:
     """{name without ending: file} of the videos below `data`. Of several, the first; it is said."""
-    files, found = video_files(data)[0], {}
-    others = [path for path in files if found.setdefault(path.stem, path) != path]
-    others = [path for path in others if path.stem in wanted]
+    files = video_files(data)[0]
+    found = {path.stem: path for path in reversed(files)}
+    others = [path for path in files if path.stem in wanted and path != found[path.stem]]
     if others and engine.rank() == 0:
         chosen = f"{shown(found[others[0].stem])} is taken, not {shown(others[0])}"
         print(f"note: {len(others)} videos have the names of others, such as: {chosen}")

@@ -94,8 +94,8 @@ class Run:
         self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
         self.per_epoch = max(len(videos) // cfg.batch, 1)
         self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
-        # Folders may move, and `data.py prepare` changes endings. Pre-training reads no labels.
-        labels = videos.split.labels if stage in ("finetune", "detect") else ()
+        # Folders may move, `data.py prepare` changes endings, and pre-training reads no labels.
+        labels = videos.split.labels if "classes" in about else ()
         listed = repr(([path.stem for path in videos.split.paths], labels))
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
         config["list of videos"] = hashlib.sha256(listed.encode()).hexdigest()[:8]
