@@ -90,12 +90,13 @@ class Block(nn.Module):
         return x
 
 
-def init_linear(module: nn.Module, init_weight) -> None:
-    """For nn.Module.apply: fill the weight of a Linear by `init_weight`, its bias with 0."""
-    if isinstance(module, nn.Linear):
-        init_weight(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_linears(module: nn.Module, init_weight) -> None:
+    """Fill the weights of all Linear layers in a module by `init_weight`, their biases with 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init_weight(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def patchify(video: Tensor, cube: tuple[int, int, int]) -> Tensor:
@@ -111,13 +112,13 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def normalize_cubes(cubes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero mean and unit variance per cube (section 3.1), and per colour (official code).
+    """Zero mean and unit variance of each colour in each cube (section 3.1; colour: official code).
 
     Cubes (B, N, P) float -> normalised cubes (B, N, P), mean and std (B, N, 1, C).
     """
     # Brightness and contrast of a cube are easy to guess from its neighbours. They would make up
     # most of the loss. Without them, what counts is the structure within the cube.
-    pixels = rearrange(cubes, "b n (pixels c) -> b n pixels c", c=3)  # colour is the fastest index
+    pixels = rearrange(cubes, "b n (pixels c) -> b n pixels c", c=3)  # see patchify
     mean = pixels.mean(dim=2, keepdim=True)
     # The 1e-6 is there so that a cube of one colour does not divide by 0.
     std = pixels.std(dim=2, keepdim=True) + 1e-6
@@ -136,7 +137,7 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
     """Fixed position embeddings of all tokens, (N, D) float32. Two kinds:
 
     "1d", the official code: sine and cosine of the token index n.
-    "3d", ours: a third of the D values each for time, row, column. It helps narrow models learn.
+    "3d", ours: a third of the D values each for time, row, column. Narrow models learn sooner.
     """
     t, h, w = grid
     n = torch.arange(t * h * w)  # the tokens in their order
@@ -144,7 +145,7 @@ def position_table(grid: tuple[int, int, int], dim: int, kind: str) -> Tensor:
         return sincos(n, dim, 10000).float()
     # A token and the one below it are neighbours in the image. Their n differ by w, so "1d" gives
     # them codes that are far apart. With an axis each for time, row, column, neighbours are alike.
-    time, row, column = n // (h * w), n // w % h, n % w
+    time, row, column = n // (h * w), (n // w) % h, n % w
     third = dim // 6 * 2  # an even number of values; those left over stay 0
     # The temperature sets the longest wavelength. An axis has tens of steps, so 100 is enough.
     table = [sincos(axis, third, 100) for axis in (time, row, column)]
@@ -178,15 +179,15 @@ class Encoder(nn.Module):
         self, dim, depth, heads, video_size, cube, positions="1d", drop_path=0.0, final_norm=True
     ):
         super().__init__()
-        sides = list(zip(video_size, cube, strict=False))  # of the clip and of the cube
+        sides = list(zip(video_size, cube, strict=False))  # (clip, cube) for T, H, W
         if len(cube) != 3 or any(edge < 1 or side % edge for side, edge in sides):
-            clips = f"clips of {tuple(video_size)} do not divide into cubes of {tuple(cube)}"
-            raise ValueError(f"{clips}: change --frames, --resolution or --cube")
+            problem = f"clips of {tuple(video_size)} do not divide into cubes of {tuple(cube)}"
+            raise ValueError(f"{problem}: change --frames, --resolution or --cube")
         self.video_size, self.cube = tuple(video_size), tuple(cube)
         self.grid = tuple(side // edge for side, edge in sides)
         cube_pixels = cube[0] * cube[1] * cube[2]
         # The paper embeds with a Conv3d whose kernel and stride are a cube. A Linear on the values
-        # of a cube computes the same, also of visible cubes alone. Its initialisation is PyTorch's.
+        # of a cube computes the same, and can skip masked cubes. Its initialisation is PyTorch's.
         self.patch_embed = nn.Linear(cube_pixels * 3, dim)
         self.register_buffer("pos_embed", position_table(self.grid, dim, positions))
         # The rate of drop path grows linearly with depth, from 0.
@@ -194,9 +195,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         # Xavier's initialisation, as in the official code.
-        self.blocks.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
+        init_linears(self.blocks, nn.init.xavier_uniform_)
         # The encoder reads pixels normalised by ImageNet's mean and std. The target is made from
-        # pixels in 0-1. No checkpoint holds these constants.
+        # pixels in 0-1. As buffers, these constants move to the GPU with the model.
         for name, colours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(colours).repeat(cube_pixels), persistent=False)
 
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, values)
-        self.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
+        init_linears(self, nn.init.xavier_uniform_)
 
     def forward(self, x: Tensor, num_last: int) -> Tensor:
         """(B, N, d) -> (B, num_last, values): predictions for the last tokens."""
@@ -247,7 +248,7 @@ class VideoMAE(nn.Module):
     loss           a name of LOSSES; other targets and decoders are subclasses, see lib/variants.py
     """
 
-    frame_factor = 1  # frames loaded per frame that the encoder sees; see lib/variants.py
+    frame_factor = 1  # a variant may load more frames than the encoder sees, see lib/variants.py
 
     def __init__(
         self, size="base", video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
@@ -259,7 +260,7 @@ class VideoMAE(nn.Module):
             decoder_depth=decoder_depth, normalize=normalize, loss=loss,
         )  # fmt: skip
         s = SIZES[size]
-        d, depth = s["decoder_dim"], decoder_depth or s["decoder_depth"]  # the decoder's
+        d, depth = s["decoder_dim"], decoder_depth or s["decoder_depth"]  # decoder's width, blocks
         self.normalize, self.loss = normalize, LOSSES[loss]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         self.encoder_to_decoder = nn.Linear(s["dim"], d, bias=False)
@@ -302,7 +303,7 @@ class VideoMAE(nn.Module):
 class Classifier(nn.Module):
     """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (official code)."""
 
-    last_norm = "fc_norm"  # the norm before the head; finetune.py trains it as part of the head
+    last_norm = "fc_norm"  # the norm before the head; finetune.py gives it the head's rate
 
     def __init__(
         self, size, classes, video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",
@@ -323,7 +324,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(s["dim"], classes)
         # For fine-tuning, the official code draws from a truncated normal instead of Xavier's.
         for part in (self.encoder.blocks, self.head):
-            part.apply(partial(init_linear, init_weight=partial(nn.init.trunc_normal_, std=0.02)))
+            init_linears(part, partial(nn.init.trunc_normal_, std=0.02))
         self.head.weight.data.mul_(init_scale)  # so that training starts with small logits
 
     def forward(self, video: Tensor) -> Tensor:

@@ -6,9 +6,9 @@
     python pretrain.py --data FOLDER            # preset own: your own videos
 
 Leaves checkpoint.pt, log.jsonl, loss.png, reconstruction.png in runs/NAME. With --resume, the same
-command goes on. The log's second line is the loss of the best constant prediction. For normalised
-cubes it is a little below 1. Expect a loss that begins above it, stays near it for a while, then
-falls ever more slowly.
+command continues. The log's second line holds constant_loss: the loss if the mean of all targets
+were predicted everywhere. For normalised cubes it is a little below 1. Expect a loss that begins
+above it, stays near it for a while, then falls ever more slowly.
 """
 
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ from model import LOSSES, SIZES
 @dataclass
 class Config(RunConfig):
     # RunConfig adds what is not about the method: data, workers, name, seed, device, precision ...
-    # A flag is opt(default, help, smallest value, largest value).
+    # A flag is opt(default, help, smallest value, largest value). Literal lists its values.
     # clips
     frames: int = opt(16, "frames of a clip", 1)
-    stride: int = opt(4, "frames of the video per frame of a clip; 0: one frame, held still", 0)
+    stride: int = opt(4, "frames from one frame of a clip to the next; 0: one frame, held still", 0)
     resolution: int = opt(224, "height and width of a clip, pixels", 1)
     flip: bool = opt(False, "mirror half of the clips; not where left and right tell classes apart")
-    repeats: int = opt(1, "clips per video; --batch, and so the learning rate, counts videos", 1)
+    repeats: int = opt(1, "clips per video; --batch and the learning rate do not count them", 1)
     # model
-    init: str | None = opt(None, "weights to start from: ours, official, Hugging Face, of images")
+    init: str | None = opt(None, "start from weights: ours, official, Hugging Face's, image ViTs'")
     model: Literal[tuple(MODELS)] = opt("videomae", "the paper's, or a variant of lib/variants.py")
     size: Literal[tuple(SIZES)] = opt("base", "width and depth of encoder and decoder")
     cube: tuple[int, ...] = opt((2, 16, 16), "frames, rows and columns of a cube")
@@ -53,10 +53,10 @@ class Config(RunConfig):
     epochs: int | None = opt(800, "passes over the videos; None: by --steps", 1)
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs and gradient accumulation passes", 1)
-    micro: int | None = opt(None, "videos per GPU and forward pass; None: no accumulation", 1)
+    micro: int | None = opt(None, "videos per GPU and forward pass; None: one pass per step", 1)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256", 0)
     min_lr: float = opt(1e-5, "final learning rate, scaled like base_lr", 0)
-    warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
+    warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth of all", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases, norms and the mask token", 0)
     beta2: float = opt(0.95, "AdamW's second beta; the first is 0.9", 0, 0.9999)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
@@ -99,9 +99,10 @@ def main(argv: list[str]) -> None:
     model = Model(cfg.size, video_size, cfg.cube, cfg.positions, **options)
     if cfg.init:
         print(init_model(model, cfg.init))
-    model = speed.place(model, device)  # model.to(device)
+    model = speed.place(model, device)  # model.to(device); on a CPU, it also chooses threads
 
-    # AdamW. No weight decay on vectors (biases, norms) and the mask token.
+    # AdamW. No weight decay on vectors (biases, norms) and the mask token. The learning rate is set
+    # in each step, see the end of the loop.
     undecayed = [p for p in model.parameters() if p.ndim == 1 or p is model.mask_token]
     decayed = [p for p in model.parameters() if p.ndim > 1 and p is not model.mask_token]
     groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=undecayed)]
@@ -111,12 +112,12 @@ def main(argv: list[str]) -> None:
 
     # The loop. Run (lib/run.py) resumes, spreads batches over passes and processes, logs, saves.
     run = Run("pretrain", cfg.name or f"pretrain-{preset}", cfg, model, optimizer, videos, device)
-    batches = make_loader(videos, run.order, cfg.workers, pin=device.type == "cuda")
+    loader = make_loader(videos, run.order, cfg.workers, pin=device.type == "cuda")
     for step in run.steps():
         # Gradient accumulation. The clips of a pass are (micro * repeats, T, C, H, W) uint8.
-        for clips, _ in run.passes(batches):
-            # Each pass has a seed of its own. So it gets the same masks after --resume, and on any
-            # number of GPUs with the same --micro. Variants may draw random numbers, too.
+        for clips, _ in run.passes(loader):
+            # The seed of a pass is made from --seed, the step and the number of the pass. So masks
+            # are the same after --resume, and on any number of GPUs with the same --micro.
             torch.manual_seed(run.seed("mask"))
             mask = MASKS[cfg.mask](clips, model.encoder.grid, cfg.ratio)
             with run.autocast():

@@ -18,7 +18,7 @@ from model import (
     Block,
     VideoMAE,
     gather,
-    init_linear,
+    init_linears,
     normalize_cubes,
     patchify,
     split_tokens,
@@ -113,7 +113,7 @@ class CrossMAE(VideoMAE):
         super().__init__(*args, **kwargs)
         dim, heads = self.mask_token.shape[2], self.decoder.blocks[0].attn.heads
         self.decoder.blocks = nn.ModuleList(CrossBlock(dim, heads) for _ in self.decoder.blocks)
-        self.decoder.apply(partial(init_linear, init_weight=nn.init.xavier_uniform_))
+        init_linears(self.decoder, nn.init.xavier_uniform_)
 
     def decode(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """As VideoMAE.decode."""
