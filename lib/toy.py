@@ -10,10 +10,8 @@ from tqdm import tqdm
 
 from lib import ava
 
-MOTIONS = (
-    *("Slide0", "Slide22", "Slide45", "Slide67", "Slide90", "Slide112", "Slide135", "Slide157"),
-    *("Turn2", "Turn3", "Turn4", "Pulse"),
-)
+# Slides are named by their axis, in degrees from rows.
+MOTIONS = (*(f"Slide{int(22.5 * i)}" for i in range(8)), "Turn2", "Turn3", "Turn4", "Pulse")
 
 
 def toy_video(motion: str, rng: np.random.Generator) -> np.ndarray:
@@ -49,13 +47,12 @@ def toy_video(motion: str, rng: np.random.Generator) -> np.ndarray:
 def _write(job: tuple) -> None:
     """Write a toy video as XviD-like MPEG-4 at 25 frames and half a megabit per second."""
     path, motion, seed = job
-    path.parent.mkdir(parents=True, exist_ok=True)
-    video = toy_video(motion, np.random.default_rng(seed))
-    _encode(path, video, 25, 500_000, bf="1", g="250")
+    _encode(path, toy_video(motion, np.random.default_rng(seed)), 25, 500_000, bf="1", g="250")
 
 
 def _encode(path: Path, video: np.ndarray, rate: int, bits: int, **options: str) -> None:
     """Write (T, H, W, 3) uint8 as MPEG-4, `rate` frames and about `bits` bits per second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate, options=options)
         stream.bit_rate = bits
@@ -65,39 +62,48 @@ def _encode(path: Path, video: np.ndarray, rate: int, bits: int, **options: str)
         container.mux(stream.encode())
 
 
-def make_toy(out: str | Path, train: int = 1200, test: int = 600) -> None:
-    """Write the toy data set to folder `out` in UCF101's layout, split 1, unless it is there.
+def _write_set(out: str | Path, known_by: str, write, jobs: list[tuple], texts) -> None:
+    """Write a data set to folder `out`, unless it is there, which its file `known_by` tells.
 
-    out/Slide0/v_Slide0_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt.
-    Classes are balanced. The folder appears when it is complete. ValueError if `out` exists and is
-    something else.
+    write((path, ...)) writes the video of a job (name, ...), texts([what it returns, ...]) is
+    {name of a text file: its lines}. The folder appears when it is complete. ValueError if `out`
+    exists and is something else.
     """
     out = Path(out)
-    if (out / "ucfTrainTestlist" / "testlist01.txt").is_file():
+    if (out / known_by).is_file():
         return
     if out.exists():
         raise ValueError(f"{out} exists and is no complete toy data set: remove it")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    with ProcessPoolExecutor() as pool:
+        done = pool.map(write, [(part / name, *more) for name, *more in jobs], chunksize=16)
+        found = list(tqdm(done, f"writing {out}", len(jobs), unit="video"))
+    for name, lines in texts(found).items():
+        (part / name).parent.mkdir(exist_ok=True)
+        (part / name).write_text("\n".join(lines) + "\n")
+    part.rename(out)
+
+
+def make_toy(out: str | Path, train: int = 1200, test: int = 600) -> None:
+    """Write the toy data set to folder `out` in UCF101's layout, split 1, see _write_set.
+
+    out/Slide0/v_Slide0_g01_c01.avi ..., out/ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt.
+    Classes are balanced.
+    """
     jobs, lines = [], []
     for i in range(train + test):
         number, label = divmod(i, len(MOTIONS))
         motion = MOTIONS[label]
         name = f"{motion}/v_{motion}_g{number + 1:02}_c01.avi"  # every scene is a group
-        jobs.append((part / name, motion, (0, i)))
+        jobs.append((name, motion, (0, i)))
         lines.append(f"{name} {label + 1}")
-    with ProcessPoolExecutor() as pool:
-        done = pool.map(_write, jobs, chunksize=16)
-        list(tqdm(done, f"writing {out}", len(jobs), unit="video"))
     lists = {
-        "classInd.txt": [f"{label} {name}" for label, name in enumerate(MOTIONS, 1)],
-        "trainlist01.txt": sorted(lines[:train]),
-        "testlist01.txt": sorted(line.split()[0] for line in lines[train:]),
+        "ucfTrainTestlist/classInd.txt": [f"{i} {name}" for i, name in enumerate(MOTIONS, 1)],
+        "ucfTrainTestlist/trainlist01.txt": sorted(lines[:train]),
+        "ucfTrainTestlist/testlist01.txt": sorted(line.split()[0] for line in lines[train:]),
     }
-    (part / "ucfTrainTestlist").mkdir()
-    for name, lines in lists.items():
-        (part / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")
-    part.rename(out)
+    _write_set(out, "ucfTrainTestlist/testlist01.txt", _write, jobs, lambda _: lists)
 
 
 # ---------------------------------------------------------------------------------- for detect.py
@@ -139,44 +145,33 @@ def _write_film(job: tuple) -> list[tuple[tuple[float, ...], int]]:
 
 
 def make_toy_films(out: str | Path, train: int = 120, test: int = 90) -> None:
-    """Write films and their annotations to folder `out` in AVA's format, unless they are there.
+    """Write films and their annotations to folder `out` in AVA's format, see _write_set.
 
     out/toy0001.mp4 ..., and the files that lib/ava.py names. Boxes of the detector are the true
     ones, moved a little, and one of nothing per second, of a low or a high score. A second of one
-    test film is excluded. The folder appears when it is complete. ValueError if `out` is another.
+    test film is excluded.
     """
-    out = Path(out)
-    if (out / ava.BOXES).is_file():
-        return
-    if out.exists():
-        raise ValueError(f"{out} exists and is no complete set of toy films: remove it")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     names = [f"toy{i:04}" for i in range(train + test)]
-    jobs = [(part / f"{name}.mp4", (1, i)) for i, name in enumerate(names)]
-    with ProcessPoolExecutor() as pool:
-        done = pool.map(_write_film, jobs, chunksize=16)
-        films = list(tqdm(done, f"writing {out}", len(jobs), unit="film"))
-    truth, found, rng = {ava.TRAIN: [], ava.TEST: []}, [], np.random.default_rng(2)
-    for i, (name, things) in enumerate(zip(names, films, strict=True)):
-        for second in SECONDS:
-            at = f"{name},{second:04},"
-            for person, (box, action) in enumerate(things):
-                line = f"{at}{_numbers(box)},{action},{person}"
-                truth[ava.TRAIN if i < train else ava.TEST].append(line)
+    numbers = lambda box: ",".join(f"{side:.3f}" for side in box)
+
+    def texts(films: list) -> dict[str, list[str]]:
+        truth, found, rng = {ava.TRAIN: [], ava.TEST: []}, [], np.random.default_rng(2)
+        for i, (name, things) in enumerate(zip(names, films, strict=True)):
+            for second in SECONDS:
+                at = f"{name},{second:04},"
+                for person, (box, action) in enumerate(things):
+                    line = f"{at}{numbers(box)},{action},{person}"
+                    truth[ava.TRAIN if i < train else ava.TEST].append(line)
+                    if i >= train:
+                        moved = np.clip(box + rng.normal(0, 0.015, 4), 0, 1)
+                        found.append(f"{at}{numbers(moved)},,{rng.uniform(0.85, 1):.3f}")
                 if i >= train:
-                    moved = np.clip(box + rng.normal(0, 0.015, 4), 0, 1)
-                    found.append(f"{at}{_numbers(moved)},,{rng.uniform(0.85, 1):.3f}")
-            if i >= train:
-                x, y = rng.uniform(0, 0.6, 2)
-                found.append(f"{at}{_numbers((x, y, x + 0.4, y + 0.4))},,{rng.uniform(0.6, 1):.3f}")
-    actions = [f'item {{\n  name: "{name}"\n  id: {i}\n}}' for i, name in enumerate(MOTIONS, 1)]
-    files = {**truth, ava.ACTIONS: actions, ava.EXCLUDED: [f"{names[-1]},{SECONDS[0]:04}"]}
-    for name, lines in (files | {ava.BOXES: found}).items():
-        (part / name).write_text("\n".join(lines) + "\n")
-    part.rename(out)
+                    x, y = rng.uniform(0, 0.6, 2)
+                    nothing = numbers((x, y, x + 0.4, y + 0.4))
+                    found.append(f"{at}{nothing},,{rng.uniform(0.6, 1):.3f}")
+        actions = [f'item {{\n  name: "{name}"\n  id: {i}\n}}' for i, name in enumerate(MOTIONS, 1)]
+        excluded = [f"{names[-1]},{SECONDS[0]:04}"]
+        return {**truth, ava.ACTIONS: actions, ava.EXCLUDED: excluded, ava.BOXES: found}
 
-
-def _numbers(box) -> str:
-    return ",".join(f"{side:.3f}" for side in box)
+    jobs = [(f"{name}.mp4", (1, i)) for i, name in enumerate(names)]
+    _write_set(out, ava.BOXES, _write_film, jobs, texts)
