@@ -48,8 +48,7 @@ def read_frames(path: str | Path, pick: list[int] | Callable[[int], list[int]]) 
     Raises ValueError, with the path, for a file that cannot be decoded or a frame it does not have.
     """
     choose = pick if callable(pick) else lambda total: pick
-    with _one_line(path), _open(path) as container:
-        stream = _video_stream(container)
+    with _opened(path) as (container, stream):
         clip = _by_times(path, container, stream, choose)
         # AVI has a table of all packets. It is almost the number of frames.
         clip = clip or _from_start(path, choose, guess=len(stream.index_entries) or 1)
@@ -91,8 +90,7 @@ def played(path: str | Path, found: Probe) -> Iterator[av.VideoFrame]:
 
     Raises ValueError, with the path, for a file that cannot be read to its end or shows nothing.
     """
-    with _one_line(path), _open(path) as container:
-        stream = _video_stream(container)
+    with _opened(path) as (container, stream):
         context = stream.codec_context
         found.announced, found.rate = stream.frames, float(stream.average_rate or 0)
         if "mp4" in container.format.name.split(","):  # an edit list may show only a part
@@ -128,10 +126,8 @@ def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        image, across, down = image.transpose(1, 0, 2), c, b
-    else:
-        across, down = a, d
-    return image[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def shown(path: str | Path) -> str:
@@ -150,33 +146,29 @@ def identity(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(path: str | Path):
-    """Turn the errors of files and of FFmpeg into a ValueError of one line, with the path."""
+def _opened(path: str | Path):
+    """(container, the stream that a player would choose; cover pictures are none).
+
+    Errors of files and of FFmpeg, later ones as well, become a ValueError of one line, with the
+    path.
+    """
     try:
-        yield
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a file")  # to open a pipe is to wait
+        try:  # without file:, names such as a:b.avi or concat:a|b are addresses
+            container = av.open(f"file:{path}", options=OPTIONS, **IGNORE)
+        except av.ArgumentError as error:
+            raise OSError(f"none of the kinds of video that are read: {FORMATS}") from error
+        with container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                raise OSError("no video in this file")
+            if stream.codec_context is None:
+                raise OSError("there is no decoder for its video: convert it to H.264, for example")
+            stream.codec_context.thread_count = 1  # loader workers are the parallelism
+            yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{shown(path)}: {error.strerror or error}") from error
-
-
-def _open(path: str | Path):
-    """The opened container; OSError or an FFmpegError where there is none."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a file")  # to open a pipe is to wait
-    try:  # without file:, names such as a:b.avi or concat:a|b are addresses
-        return av.open(f"file:{path}", options=OPTIONS, **IGNORE)
-    except av.ArgumentError as error:
-        raise OSError(f"none of the kinds of video that are read: {FORMATS}") from error
-
-
-def _video_stream(container):
-    """The stream that a player would choose. Cover pictures are none."""
-    stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-        raise OSError("no video in this file")
-    if stream.codec_context is None:
-        raise OSError("there is no decoder for its video: convert it to H.264, for example")
-    stream.codec_context.thread_count = 1  # loader workers are the parallelism
-    return stream
 
 
 def _packets(container, stream):
@@ -367,19 +359,17 @@ def _from_start(path, choose, guess: int) -> _Clip:
     without a frame, and cut files begin with frames that nothing can decode. The number is kept for
     the next time. The first time, the clip of a `guess` is kept where the guess was right.
     """
-    file = identity(path)
-    if file not in _counts:
-        random = torch.get_rng_state()
-        clip = _Clip(choose(guess))
-        for index, frame in enumerate(played(path, Probe())):
-            clip.add(frame, index)
-        _counts[file] = index + 1
-        if index + 1 == guess and clip.wanted and not clip.missing:
-            return clip
-        torch.set_rng_state(random)  # so that the first time gives the same clip as the next
-    clip = _Clip(_choose(path, choose, _counts[file]))
+    file, random = identity(path), torch.get_rng_state()
+    total = _counts.get(file)
+    clip = _Clip(_choose(path, choose, total) if total else choose(guess))
     for index, frame in enumerate(played(path, Probe())):
         clip.add(frame, index)
-        if not clip.missing:
+        if total and not clip.missing:
             return clip
-    raise ValueError(f"{shown(path)}: it changed while it was read")
+    if total:
+        raise ValueError(f"{shown(path)}: it changed while it was read")
+    _counts[file] = index + 1
+    if index + 1 == guess and clip.wanted and not clip.missing:
+        return clip
+    torch.set_rng_state(random)  # so that the first time gives the same clip as the next
+    return _from_start(path, choose, guess)

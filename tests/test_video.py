@@ -480,11 +480,11 @@ def test_a_stream_that_begins_later_is_one_line(tmp_path, monkeypatch):
         yield
 
     path = write(tmp_path / "a.mp4", frames=3)
-    real = video._open
+    real = av.open
 
     class Container:
-        def __init__(self, path):
-            self.real = real(path)
+        def __init__(self, *args, **how):
+            self.real = real(*args, **how)
 
         def __getattr__(self, name):
             return demux if name == "demux" else getattr(self.real, name)
@@ -495,7 +495,7 @@ def test_a_stream_that_begins_later_is_one_line(tmp_path, monkeypatch):
         def __exit__(self, *_):
             self.real.close()
 
-    monkeypatch.setattr(video, "_open", Container)
+    monkeypatch.setattr(av, "open", Container)
     with pytest.raises(ValueError, match="a.mp4: another stream begins in the middle"):
         read_frames(path, [0])
 
