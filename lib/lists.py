@@ -201,7 +201,8 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
     Links to folders are followed, but not to one that is read already, nor to one around it.
     """
     hidden = lambda name: name.startswith(".") or name.lower() in SYSTEM
-    root, seen, places, videos, others = os.path.realpath(data), set(), [data], [], []
+    seen = {*map(str, Path(os.path.realpath(data)).parents)}  # those around it are not read
+    places, videos, others = [data], [], []
 
     def refuse(error: OSError):  # leave nothing out silently
         raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
@@ -209,7 +210,7 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
     for place in places:  # it gets longer: linked folders come last, as the others name the class
         for folder, folders, files in os.walk(place, onerror=refuse):
             real = os.path.realpath(folder)
-            if real in seen or (real != root and root.startswith(os.path.join(real, ""))):
+            if real in seen:
                 others.append(Path(folder))
                 folders.clear()
                 continue
@@ -219,16 +220,15 @@ def video_files(data: Path) -> tuple[list[Path], list[str]]:
             for path in [Path(folder, name) for name in files if not hidden(name)]:
                 video = ending(path.name) in annotations.ENDINGS and os.path.isfile(path)
                 (videos if video else others).append(path)
-    notes, names = [], [os.path.relpath(path, data) for path in sorted(others)]
+    beside = {path.parent for path in videos}
+    images = Counter(path.parent for path in others if ending(path.name) in annotations.IMAGES)
+    frames = [folder for folder, count in images.items() if count > 4 and folder not in beside]
+    notes = [frames_line(data, min(frames))] if frames else []
     if others:
+        names = [os.path.relpath(path, data) for path in sorted(others)]
         few = brief(", ".join(names[:3])) + " ..." * (len(names) > 3)
         why = "no videos by their endings, read already, or links to nothing"
         notes.append(f"passed over in {shown(data)}: {len(names)} ({why}): {few}")
-    images = Counter(path.parent for path in others if ending(path.name) in annotations.IMAGES)
-    frames = {folder for folder, count in images.items() if count > 4}
-    frames -= {path.parent for path in videos}
-    if frames:
-        notes.insert(0, frames_line(data, min(frames)))
     return sorted(videos), notes
 
 
@@ -281,9 +281,8 @@ def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
     if films[0] & films[1]:
         both = brief(min(films[0] & films[1]))
         raise ValueError(f"{splits}: {both} is in both the training and the test list")
-    counts = tuple(len(part) for part in parts)
-    official = COUNTS.get((name, len(classes), fold), counts)
-    if counts != official:
+    counts = tuple(map(len, parts))
+    if counts != (official := COUNTS.get((name, len(classes), fold), counts)):
         has = "{} split {} has {} training and {} test videos, these lists have {} and {}"
         raise ValueError(has.format(name.upper(), fold, *official, *counts))
     chosen = parts[0 if train else 1]
