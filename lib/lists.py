@@ -93,38 +93,29 @@ def missing_videos(paths) -> tuple[list[Path], str]:
 
 
 def why_missing(path: Path, data: Path, otherwise: str) -> str:
-    """What is there instead of a missing video, and what to do; begins with a colon."""
-    if os.path.isdir(path) and any(ending(name) in annotations.IMAGES for name in os.listdir(path)):
-        return f": {frames_line(data, path)}"
-    there, differs = nearly(path)
-    if there:
-        return f": there is {brief(there)}, only {differs} differ: rename it, or mend the list"
-    return otherwise
-
-
-def nearly(path: Path) -> tuple[Path | None, str]:
-    """(what lies on the way to a missing file under almost its name, what differs) or (None, "").
+    """What is there instead of a missing video, and what to do; begins with a colon.
 
     Case differs after renaming, macOS writes accents as signs of their own (decomposed), and tables
     leave out the endings of files.
     """
+    if os.path.isdir(path) and any(ending(name) in annotations.IMAGES for name in os.listdir(path)):
+        return f": {frames_line(data, path)}"
     form = lambda name: unicodedata.normalize("NFC", name)
     plain = lambda name: form(form(name).casefold())
-    here, first, differs = Path(path.anchor), None, ""
-    for name in path.parts[bool(path.anchor) :]:
-        names = sorted(os.listdir(here)) if os.path.isdir(here) else []
-        alike = [other for other in names if plain(other) == plain(name)]
-        videos = (other for other in names if ending(other) in annotations.ENDINGS)
-        alike += [other for other in videos if plain(os.path.splitext(other)[0]) == plain(name)]
-        other = name if os.path.lexists(here / name) else next(iter(alike), None)
-        if other is None:
-            return None, ""
-        if other != name and first is None:
-            first, differs = here / other, "upper and lower case"
-            differs = "the forms of accents" if form(other) == form(name) else differs
-            differs = "the endings" if plain(other) != plain(name) else differs
-        here = here / other
-    return first, differs
+    # The first folder or file on the way to it that is not there, and what lies beside.
+    gone = next((x for x in [*reversed(path.parents), path] if not os.path.lexists(x)), None)
+    for other in sorted(gone.parent.iterdir()) if gone and gone.parent.is_dir() else ():
+        video = gone == path and ending(other.name) in annotations.ENDINGS
+        if form(other.name) == form(gone.name):
+            differs = "the forms of accents"
+        elif plain(other.name) == plain(gone.name):
+            differs = "upper and lower case"
+        elif video and plain(other.stem) == plain(gone.name):
+            differs = "the endings"
+        else:
+            continue
+        return f": there is {brief(other)}, only {differs} differ: rename it, or mend the list"
+    return otherwise
 
 
 # Formats of your own: ending of a list's name -> its reader (data, list, fold, train) -> Split.

@@ -422,7 +422,8 @@ def test_names_that_differ_in_case_accents_or_ending_only_are_named(read, tmp_pa
         ("café.avi 0", "only the forms of accents differ"),
         (unicodedata.normalize("NFD", "üNÏ.mp4 0"), "Ünï.mp4, only upper and lower case differ"),
         ("sub/D 0", "sub/d.avi, only the endings differ: rename it, or mend the list"),
-        ("handstandpushups/v_02.avi 0", "--missing skip"),
+        ("handstandpushups/v_02.avi 0", "HandStandPushups, only upper and lower case differ"),
+        ("sub/d/e.avi 0", "--missing skip"),
         ("new.mp4 0", "--missing skip"),
     ):
         with pytest.raises(ValueError, match=f"1 of 1 listed videos are missing.*{words}"):
