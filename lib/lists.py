@@ -278,11 +278,8 @@ def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
 
 def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
     """(classes, [(video, label) of the training part, of the test part])."""
-    entries = [line.split() for line in list_lines(splits / "classInd.txt").values()]
-    if any(len(entry) != 2 or entry[0] != str(i + 1) for i, entry in enumerate(entries)):
-        want = "lines must read `number class`, numbered from 1"
-        raise ValueError(f"{splits / 'classInd.txt'}: {want}")
-    labels, parts = {name: label for label, (_, name) in enumerate(entries)}, []
+    classes = [*annotations.read_names(splits / "classInd.txt").values()]
+    labels, parts = {name: label for label, name in enumerate(classes)}, []
     for part in ("trainlist", "testlist"):
         file = splits / f"{part}{fold:02}.txt"
         parts.append([])
@@ -293,7 +290,7 @@ def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[st
                 want = "must read `Class/video [number]` as in classInd.txt"
                 raise ValueError(f"{file}: line '{brief(line)}' {want}")
             parts[-1].append((video, label))
-    return list(labels), parts
+    return classes, parts
 
 
 def _read_hmdb51(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
