@@ -97,7 +97,7 @@ def read_list(data: Path, file: Path) -> tuple[list, list[int], list[str]]:
     lines = list_lines(file)
     top = next(iter(lines.values()), "")
     mark, columns = ("", []) if os.path.isfile(data / top) else _header(top)
-    names, labels, parts, first = {}, {}, set(), {}  # first: place -> number of its line
+    names, labels, parts = {}, {}, set()
     for number, line in list(lines.items())[bool(columns) :]:
         try:
             if columns and mark != " ":
@@ -111,11 +111,6 @@ def read_list(data: Path, file: Path) -> tuple[list, list[int], list[str]]:
                 name, label = _line(data, line)
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{file}: line {number}, '{brief(line)}', {error}") from error
-        place = name if isinstance(name, tuple) else os.path.normpath(data / name)
-        if place in first:
-            same = f"lines {first[place]} and {number} are the same video, {brief(line)}"
-            raise ValueError(f"{file}: {same}: remove one")
-        first[place] = number
         # macOS leaves ._ files, which get into lists that `find` makes.
         if isinstance(name, tuple) or not name.rpartition("/")[2].startswith("._"):
             names[number], labels[number] = name, label

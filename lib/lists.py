@@ -139,8 +139,9 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
         found = READERS[splits.suffix](data, splits, fold, train)
     else:
         found = _read_file(data, splits)
-    if twice := [path for path, times in Counter(found.paths).items() if times > 1]:
-        raise ValueError(f"{splits} lists {brief(twice[0])} twice")
+    places = Counter(map(os.path.normpath, found.paths))
+    if twice := [path for path, times in places.items() if times > 1]:
+        raise ValueError(f"{splits} lists {brief(twice[0])} twice: remove one")
     if not found.paths:
         raise ValueError(f"no videos in {splits or data}")
     if min({*found.labels} - {-1}, default=0) == 1:
