@@ -78,9 +78,8 @@ def frames_line(data: Path, folder: Path) -> str:
     )
     count = f"%0{len(digits)}d" if digits.startswith("0") and len(digits) > 1 else "%d"
     first = f"-start_number {int(digits)} " if int(digits) > 4 else ""
-    inside = folder.is_relative_to(data)
-    depth = len(folder.relative_to(data).parts) if inside else 1
-    every = shlex.quote(shown(data if inside else folder.parent)) + "/" + "*/" * depth
+    around = data if folder.is_relative_to(data) else folder.parent
+    every = shlex.quote(shown(around)) + "/" + "*/" * len(folder.relative_to(around).parts)
     make = f'ffmpeg -framerate 25 {first}-i "${{d}}{start}{count}{end}" -q:v 2 "${{d%/}}.mp4"'
     return f"folders of frames are not read, make videos of them: for d in {every}; do {make}; done"
 
