@@ -19,6 +19,7 @@ from lib.run import Run
 
 Box = tuple[float, float, float, float]
 Frame = tuple[str, int]
+Truth = dict[Frame, dict[Box, set[int]]]  # who does what
 ACTIONS = "ava_action_list_v2.2_for_activitynet_2019.pbtxt"  # the 60 that are evaluated
 TRAIN, TEST = "ava_train_v2.2.csv", "ava_val_v2.2.csv"
 EXCLUDED = "ava_val_excluded_timestamps_v2.2.csv"
@@ -35,8 +36,8 @@ class Annotations:
     names: dict[int, str]  # of the actions that are evaluated, by their numbers from 1
     classes: list[str]  # names of all actions, in the order of their numbers
     films: dict[str, Path]
-    train: dict[Frame, dict[Box, set[int]]]  # who does what
-    test: dict[Frame, dict[Box, set[int]]]
+    train: Truth
+    test: Truth
     found: dict[Frame, dict[Box, float]]  # detected in the test part, with scores
 
 
@@ -85,7 +86,7 @@ def read_actions(path: Path, count: int) -> dict[int, str]:
     return found
 
 
-def read_truth(path: Path, count: int) -> dict[Frame, dict[Box, set[int]]]:
+def read_truth(path: Path, count: int) -> Truth:
     """What persons do: `video,second,x1,y1,x2,y2,action[,person]`, a line per action of a person.
 
     ValueError, with the line, for a malformed one, a box outside, or an action not in 1 to `count`.
@@ -132,8 +133,7 @@ def read_excluded(path: Path) -> set[Frame]:
 
 def _rows(path: Path, least: int, rest: str) -> Iterator[tuple[str, Frame, Box, list[str]]]:
     """Yield (where the line is, frame, box, further columns); `least` columns, named by `rest`."""
-    lines = list_lines(path)
-    for number, line in lines.items():
+    for number, line in list_lines(path).items():
         where, cells = f"{path}: line {number} '{brief(line)}'", next(csv.reader([line]))
         try:
             video, second, *box = cells[0], int(cells[1]), *map(float, cells[2:6])
@@ -151,27 +151,24 @@ def _rows(path: Path, least: int, rest: str) -> Iterator[tuple[str, Frame, Box, 
 
 
 def average_precisions(
-    found: dict[Frame, tuple[np.ndarray, np.ndarray]],
-    truth: dict[Frame, dict[Box, set[int]]],
-    actions: list[int],
+    found: dict[Frame, tuple[np.ndarray, np.ndarray]], truth: Truth, actions: list[int]
 ) -> dict[int, float]:
     """{action: average precision, nan where no person does it}; their mean is AVA's metric.
 
     `found`: boxes (M, 4) and scores (M, actions) of frames, those of columns `actions`. Frames
     without truth count as well: all that is found there is wrong.
     """
-    positives, scores, rights = np.zeros(len(actions)), [], []
+    nothing = np.zeros((0, 4)), np.zeros((0, len(actions)))
+    positives, scores, rights = np.zeros(len(actions)), [nothing[1]], [nothing[1]]
     for frame in sorted(found.keys() | truth.keys()):
         persons = truth.get(frame, {})
         labels = np.array([[a in does for a in actions] for does in persons.values()], dtype=bool)
         labels = labels.reshape(len(persons), len(actions))
         positives += labels.sum(axis=0)
-        if frame in found:
-            boxes, score = found[frame]
-            scores.append(score)
-            rights.append(match(boxes, score, np.array([*persons]).reshape(-1, 4), labels))
-    empty = np.zeros((0, len(actions)))
-    scores, rights = np.concatenate([empty, *scores]), np.concatenate([empty, *rights])
+        boxes, score = found.get(frame, nothing)
+        scores.append(score)
+        rights.append(match(boxes, score, np.array([*persons]).reshape(-1, 4), labels))
+    scores, rights = np.concatenate(scores), np.concatenate(rights)
     columns = zip(actions, scores.T, rights.T, positives, strict=True)
     return {action: average_precision(*column) for action, *column in columns}
 
