@@ -153,7 +153,7 @@ def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
     is broken, or the target has not as many frames.
     """
     source, target, short_side = job
-    found, again = Probe(), Probe()
+    found = Probe()
     target.unlink(missing_ok=True)  # it is of another source
     frames = played(source, found)
     first = next(frames)
@@ -182,9 +182,7 @@ def rewrite(job: tuple[Path, Path, int | None], alive=lambda: None) -> Probe:
                 image = av.VideoFrame.from_ndarray(picture(frame), format="rgb24")
                 container.mux(stream.encode(image))
             container.mux(stream.encode())
-        for _ in played(part, again):
-            alive()
-        problem = found.problem
+        again, problem = _probe((part,), alive), found.problem
         if again.frames != found.frames:
             problem = f"only {again.frames} of {found.frames} frames could be rewritten"
         if problem:
