@@ -189,13 +189,12 @@ class Erase(v2.RandomErasing):
         super().__init__(p, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
 
     def transform(self, inpt, params):
-        if params["v"] is not None:
-            i, j, h, w = (params[key] for key in "ijhw")
-            inpt = inpt.clone()
-            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-            noise = torch.randn(*inpt.shape[:-2], h, w) * std[:, None, None] + mean[:, None, None]
-            inpt[..., i : i + h, j : j + w] = (255 * noise).clamp(0, 255).to(torch.uint8)
-        return inpt
+        if params["v"] is None:
+            return inpt
+        i, j, h, w = (params[key] for key in "ijhw")
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        noise = torch.randn(*inpt.shape[:-2], h, w) * std + mean
+        return VF.erase(inpt, i, j, h, w, v=(255 * noise).clamp(0, 255).to(torch.uint8))
 
 
 def pretrain_transform(size: int, flip: bool) -> v2.Transform:
