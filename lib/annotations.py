@@ -73,9 +73,8 @@ def frames_line(data: Path, folder: Path) -> str:
     # Only plain names get into a command, and 7.jpg comes before 10.jpg.
     plain = [re.fullmatch(r"([\w. -]*?)([0-9]+)([a-zA-Z_. -]*)", name) for name in names]
     images = [name.groups() for name in plain if name and ending(name[0]) in IMAGES]
-    start, digits, end = min(
-        images or [("img_", "00001", ".jpg")], key=lambda parts: (len(parts[1]), parts)
-    )
+    images = images or [("img_", "00001", ".jpg")]
+    start, digits, end = min(images, key=lambda parts: (len(parts[1]), parts))
     count = f"%0{len(digits)}d" if digits.startswith("0") and len(digits) > 1 else "%d"
     first = f"-start_number {int(digits)} " if int(digits) > 4 else ""
     around = data if folder.is_relative_to(data) else folder.parent

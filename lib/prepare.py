@@ -58,16 +58,15 @@ def _read(dataset: str, data: Path, splits: str | None, fold: int) -> tuple[Spli
         raise ValueError(f"{splits or data} has other lists, or none: {name}")
     videos = dict.fromkeys(train.paths + test.paths)
     missing, line = lists.missing_videos(videos)
-    if not missing:
-        return train, test, 0
-    unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
-    line += lists.why_missing(missing[0], data, unpack)
-    names = Path("runs", f"check-{dataset}", "missing.txt")
-    names.parent.mkdir(parents=True, exist_ok=True)
-    engine.write_whole(names, "".join(f"{path}\n" for path in missing))
-    if len(missing) == len(videos):
-        raise ValueError(line)
-    print(f"warning: {line} (all are in {names})", file=sys.stderr)
+    if missing:
+        unpack = f": docs/data.md says how to unpack {dataset}" if dataset in LISTS else ""
+        line += lists.why_missing(missing[0], data, unpack)
+        names = Path("runs", f"check-{dataset}", "missing.txt")
+        names.parent.mkdir(parents=True, exist_ok=True)
+        engine.write_whole(names, "".join(f"{path}\n" for path in missing))
+        if len(missing) == len(videos):
+            raise ValueError(line)
+        print(f"warning: {line} (all are in {names})", file=sys.stderr)
     train, test = (lists.leave_out(part, missing) for part in (train, test))
     return train, test, len(missing)
 
