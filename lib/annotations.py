@@ -103,12 +103,14 @@ def read_list(data: Path, file: Path) -> tuple[list, list[int], list[str]]:
                 if len(cells) != len(columns):
                     raise ValueError(f"has {len(cells)} columns, the header has {len(columns)}")
                 row = dict(zip(columns, map(str.strip, cells), strict=True))
-                name, label = _cells(data, row)
+                name, label = _cells(row)
                 parts |= {row[column] for column in _named(columns, "part")}
             else:
                 name, label = _line(data, line)
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{file}: line {number}, '{brief(line)}', {error}") from error
+        if "\\" in name and not os.path.isfile(data / name):  # of Windows
+            name = name.replace("\\", "/")
         # macOS leaves ._ files, which get into lists that `find` makes.
         if isinstance(name, tuple) or not name.rpartition("/")[2].startswith("._"):
             names[number], labels[number] = name, label
@@ -130,7 +132,7 @@ def _header(line: str) -> tuple[str, list[str]]:
     return (mark, words) if _named(words, "path") and (others or len(words) == 1) else ("", [])
 
 
-def _cells(data: Path, row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
+def _cells(row: dict[str, str]) -> tuple[str | tuple[str, str], str]:
     """(path or the names of an id, label) of a row of a table."""
     label = next((row[name] for name in _named(row, "label")), "")
     if re.fullmatch(rf"\[.*\]|{NUMBER}(?:[ ,;|]+{NUMBER})+|.*[;|].*", label):
@@ -142,29 +144,22 @@ def _cells(data: Path, row: dict[str, str]) -> tuple[str | tuple[str, str], str]
     if times:
         raise ValueError(SEGMENT)
     best = max(_named(row, "path"), key=lambda name: ("path" in name, name[-2:] != "id"))
-    return _slashes(data, row[best]), label
-
-
-def _slashes(data: Path, text: str) -> str:
-    """A path with the slashes of Windows turned, unless there is a file of just this name."""
-    turn = "\\" in text and not os.path.isfile(data / text)
-    return text.replace("\\", "/") if turn else text
+    return row[best], label
 
 
 def _line(data: Path, line: str) -> tuple[str, str]:
     """(path, label or "") of a line that is no row of a table."""
     if found := VIDEO_LINE.fullmatch(line):
         label = _label(found[3] or "", "," in (found[2] or ""))
-        path, label = (line, "") if label is None else (found[1], label)
-        return _slashes(data, path), label
+        return (line, "") if label is None else (found[1], label)
     if not (found := OTHER_LINE.fullmatch(line)):
-        return _slashes(data, line), ""
-    path = _slashes(data, found[1])
+        return line, ""
+    path = found[1].replace("\\", "/")
     folder = OTHER_LINE.fullmatch(path)
     if folder and not os.path.isfile(data / path):
         make = frames_line(data, data / folder[1])
         raise ValueError(f"looks like frames: {make}; then write `FOLDER.mp4 label`")
-    return path, found[2]
+    return found[1], found[2]
 
 
 def _label(rest: str, comma: bool) -> str | None:
