@@ -25,8 +25,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from lib.lists import Split as Split
-from lib.lists import read_split as read_split  # for the stages
+from lib.lists import Split, read_split  # noqa: F401 (for the stages)
 from lib.video import read_frames
 
 TOY = "datasets/toy"  # the toy data set, unless told otherwise
