@@ -216,7 +216,7 @@ def prepare(
     names = [os.path.relpath(path, data) for path in paths]
     others = {".json", *lists.READERS}
     lines = train.kind.endswith("list") and Path(splits).suffix.lower() not in others
-    listed_names = read_list(data, Path(splits))[0] if lines else []
+    listed_names = read_list(data, Path(splits).expanduser())[0] if lines else []
     for name in [*names, *(name for name in listed_names if isinstance(name, str))]:
         if ".." in Path(name).parts or os.path.isabs(name):
             raise ValueError(f"{brief(name)} is listed: list paths relative to --data, within it")

@@ -448,6 +448,12 @@ def test_a_second_run_does_what_is_missing(source, tmp_path, capsys):
     assert files(small) == {"d.mkv"} and every(small / "walk" / "d.mkv").shape == (30, 3, 32, 48)
 
 
+def test_a_list_of_the_home_folder_is_found(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list.txt").write_text("walk/d.mkv 0\n")
+    assert prepared(source, tmp_path / "out", splits="~/list.txt") == 0
+
+
 def test_an_unfinished_file_has_another_name(source, tmp_path, monkeypatch, capsys):
     def die(part, target):
         assert os.path.getsize(part) > 0
