@@ -115,8 +115,11 @@ class MultiScaleCrop(v2.Transform):
     """
 
     SCALES = (1, 0.875, 0.75, 0.66)
-    # In quarters of the room that the box leaves: xy.
-    PLACES = [(int(x), int(y)) for x, y in "00 40 04 44 22 02 42 24 20 11 31 13 33".split()]
+    # In quarters of the room that the box leaves: (x, y).
+    PLACES = (
+        *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2)),
+        *((2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)),
+    )
 
     def __init__(self, size: int):
         super().__init__()
