@@ -129,6 +129,9 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
     data, splits = Path(data).expanduser(), Path(splits).expanduser() if splits else None
     if not os.path.isdir(data):
         raise ValueError(f"no folder {data}: --data must name the folder that holds the videos")
+    if splits and not os.path.exists(splits):
+        want = "--splits must name the official split files' folder or a list"
+        raise ValueError(f"no file or folder {splits}: {want}")
     official = (data / name for name in LISTS.values() if os.path.isdir(data / name))
     splits = splits or next(official, None)
     if splits is None:

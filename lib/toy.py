@@ -56,6 +56,7 @@ def _encode(path: Path, video: np.ndarray, rate: int, bits: int, **options: str)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate, options=options)
         stream.bit_rate = bits
+        stream.codec_context.thread_count = 3  # the bytes depend on it, and must not on the machine
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

@@ -206,7 +206,7 @@ def test_places_without_videos(tmp_path):
     for args, words in (
         ((tmp_path / "nowhere",), "no folder .*nowhere"),
         ((tmp_path / "empty",), "no videos"),
-        ((tmp_path, tmp_path / "nosplits"), "no file .*nosplits"),
+        ((tmp_path, tmp_path / "nosplits"), "no file or folder .*nosplits"),
         ((tmp_path, tmp_path / "empty"), "neither classInd.txt"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -18,7 +18,7 @@ import pytest
 from films import number_of, write
 
 import pretrain
-from lib import prepare, processes
+from lib import prepare, processes, toy
 from lib.lists import Split, read_split
 from lib.prepare import rewrite
 from lib.processes import in_processes
@@ -546,3 +546,15 @@ def test_what_lacks_frames_is_not_delivered(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="a.mp4: only 59 of 60 frames"):
             rewrite((path, tmp_path / "b.mp4", None))
     assert files(tmp_path) == {"a.mp4"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS cannot choose cores")
+def test_toy_videos_do_not_depend_on_the_number_of_cores(tmp_path):
+    cores = os.sched_getaffinity(0)
+    toy._write((tmp_path / "all.avi", "Turn2", 0))
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        toy._write((tmp_path / "one.avi", "Turn2", 0))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert (tmp_path / "all.avi").read_bytes() == (tmp_path / "one.avi").read_bytes()
