@@ -6,12 +6,12 @@ import socket
 import sys
 
 import pytest
-import torch
 
 # Runs are bit for bit alike on CPUs alone. gpu.py is for GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
-torch.set_num_threads(1)  # on tensors as small as these, threads mostly wait for each other
+# On tensors as small as these, threads mostly wait for each other. torch reads it when it is
+# imported, which is not yet: the process that hands out tests to others does without it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def draw_nothing(patch) -> None:
@@ -46,7 +46,6 @@ def _work(rank, size, port, stage, argv, start):
         RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
     os.environ.update({key: str(value) for key, value in here.items()})
-    torch.set_num_threads(1)
     draw_nothing(pytest.MonkeyPatch())
     with open(f"{stage}-{rank}.txt", "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
         __import__(stage).main(argv)
