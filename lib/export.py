@@ -91,18 +91,14 @@ def change_last_eps(model: VideoMAE | Classifier, eps: float = 1e-5) -> None:
     Its weight makes up for it at the mean variance of its inputs, measured on a clip of noise.
     """
     norm = model.fc_norm if isinstance(model, Classifier) else model.decoder.norm
-
-    def change(norm, given):
-        variance = given[0].var(dim=-1, unbiased=False).mean()
-        norm.weight *= ((variance + eps) / (variance + norm.eps)).sqrt()
-        norm.eps = eps
-
-    (t, h, w), n = model.encoder.video_size, len(model.encoder.pos_embed)
+    (t, h, w), n, seen = model.encoder.video_size, len(model.encoder.pos_embed), []
     clip = torch.rand(1, t, 3, h, w, generator=torch.Generator().manual_seed(0))
     inputs = [clip] if isinstance(model, Classifier) else [clip, torch.arange(n)[None] % 2 == 0]
-    hook = norm.register_forward_pre_hook(change)
-    model(*inputs)
-    hook.remove()
+    with norm.register_forward_pre_hook(lambda _, given: seen.extend(given)):
+        model(*inputs)
+    variance = seen[0].var(dim=-1, unbiased=False).mean()
+    norm.weight *= ((variance + eps) / (variance + norm.eps)).sqrt()
+    norm.eps = eps
 
 
 def main(argv: list[str]) -> None:
