@@ -517,9 +517,9 @@ def test_workers_end_with_the_loader_and_with_the_program(end):
         batches.close()
         assert not multiprocessing.active_children()
         return
-    code = "import test_data\nb = test_data.numbers(2)\nnext(b)\nraise KeyError('keeps b alive')"
-    paths = [os.path.dirname(data.__file__), os.path.dirname(__file__)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    code = "b = data.make_loader(range(9), [[i] for i in range(9)], 2, collate=list)"
+    code = f"import data\n{code}\nnext(b)\nraise KeyError('keeps b alive')"
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'keeps b alive'"

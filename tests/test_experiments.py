@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import draw_nothing
+from matplotlib.figure import Figure
 
 import finetune
 import pretrain
@@ -423,7 +424,10 @@ def test_folds_from_elsewhere_add_up(lab, capsys):
     assert json.loads(page.read_text())["folds"] == [2, 3]
 
 
-def test_every_experiment_can_be_drawn(lab):
+def test_every_experiment_can_be_drawn(lab, monkeypatch):
+    save = Figure.savefig
+    small = lambda self, out, **how: save(self, out, **(how | {"dpi": 20}))
+    monkeypatch.setattr(Figure, "savefig", small)
     for number, cell in enumerate(CELLS):
         keys = [f"{key} {part}" for key in ("model", "nearest") for part in ("still", "moving")]
         finish(cell, 1, top1=number, knn=number, psnr={key: 10.0 + number for key in keys})

@@ -164,13 +164,15 @@ def test_less_computes_the_mlp_again_but_not_attention():
 def one_block(model):
     """With the last block of the encoder alone: compiling takes time per block."""
     model.encoder.blocks = model.encoder.blocks[-1:]
+    if isinstance(model, VideoMAE):
+        model.decoder.blocks = torch.nn.ModuleList()
     return model
 
 
 def test_a_compiled_step_is_compiled_once_and_gives_the_same():
     """Other masks and videos need no other graph."""
     torch._dynamo.reset()
-    model = one_block(VideoMAE(**SMALL, decoder_depth=1))
+    model = one_block(VideoMAE(**SMALL))
     compiled = torch.compile(model, backend="aot_eager")
     compiled(clip(), tube())[0].backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -182,7 +184,7 @@ def test_a_compiled_step_is_compiled_once_and_gives_the_same():
 def test_a_compiled_classifier_is_one_graph():
     torch._dynamo.reset()
     classifier = one_block(Classifier(**SMALL, classes=5, drop_path=0.2, head_dropout=0.5))
-    run = torch.compile(classifier, backend="aot_eager", fullgraph=True)
+    run = torch.compile(classifier, backend="eager", fullgraph=True)  # finding graphs is all
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert all(run(clip(seed)).shape == (2, 5) for seed in range(3))
 
