@@ -75,9 +75,6 @@ def to_hugging_face(model: VideoMAE | Classifier, about: dict) -> tuple:
         for part, rows in zip(("query", "key", "value"), ours[name].chunk(3), strict=True):
             ours[name.replace("qkv", part)] = rows
     wanted = {name: rename(name, "videomae.") for name in theirs.state_dict()}
-    for name, value in theirs.state_dict().items():
-        if name.endswith("key.bias"):  # only older versions have it; it changes nothing
-            ours[wanted[name]] = torch.zeros_like(value)
     theirs.load_state_dict({name: ours[wanted[name]] for name in wanted})
     crop = dict(size=dict(shortest_edge=height), crop_size=dict(height=height, width=height))
     colours = dict(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
