@@ -44,7 +44,7 @@ runs/linprobe-random-toy$S/results.json: $(PRE)/reconstruction.png
 	$(call stage,linprobe.py --init random)
 
 test: .venv/installed
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
