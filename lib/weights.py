@@ -102,7 +102,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         note = "image model inflated to cubes, its encoder alone"
         return state, about_shapes(path, shape, state) | dict(note=note)
     about = about_shapes(path, shape, state)
-    about |= about_config(path, found, about) | about_official(content.get("args", {}))
+    about |= about_config(path, found, about) | about_official(content.get("args") or {})
     # Most files hold no positions: add the table of the grid that they were trained on.
     grid = grid_of(about.get("video_size", USUAL_VIDEO), about["cube"])
     for name, weight in POSITIONS.items():
