@@ -301,7 +301,7 @@ def test_mmaction(tmp_path):
     torch.save(dict(state_dict=state, args=SAID), tmp_path / "vit.pth")  # args: for short clips
     about = same_outputs(tmp_path / "vit.pth", model)
     assert about["classes"] == ["class 0", "class 1", "class 2"]
-    torch.save(dict(state_dict=state), tmp_path / "silent.pth")
+    torch.save(dict(state_dict=state, args=None), tmp_path / "silent.pth")
     with pytest.raises(ValueError, match="not those of 16x224x224 .assumed"):
         load_model(tmp_path / "silent.pth", classifier=True)
 
