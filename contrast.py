@@ -92,18 +92,17 @@ def view_transforms(size: int, smallest: float, flip: bool) -> list[v2.Transform
     blur = v2.GaussianBlur(13, sigma=(0.1, 2.0))
     grey = v2.ColorJitter(saturation=(0.0, 0.0))  # v2.RandomGrayscale leaves videos as they are
     flips = [v2.RandomHorizontalFlip()] if flip else []
-
-    def view(blurred: float, solarized: float) -> v2.Transform:
-        return v2.Compose([
+    return [
+        v2.Compose([
             v2.RandomResizedCrop(size, scale=(smallest, 1.0), antialias=True),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             v2.RandomApply([grey], p=0.2),
             v2.RandomApply([blur], p=blurred),
             v2.RandomSolarize(128, p=solarized),
             *flips,
-        ])  # fmt: skip
-
-    return [view(1.0, 0.0), view(0.1, 0.2)]
+        ])
+        for blurred, solarized in ((1.0, 0.0), (0.1, 0.2))
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -154,10 +153,8 @@ class MoCo(nn.Module):
 
     def __init__(self, size, video_size, cube, positions, hidden, out):
         super().__init__()
-        self.config = dict(  # goes into the checkpoint
-            size=size, video_size=list(video_size), cube=list(cube), positions=positions,
-            hidden=hidden, out=out,
-        )  # fmt: skip
+        encoder = dict(size=size, video_size=video_size, cube=cube, positions=positions)
+        self.config = encoder | dict(hidden=hidden, out=out)  # goes into the checkpoint
         s = SIZES[size]
         self.encoder = Encoder(s["dim"], s["depth"], s["heads"], video_size, cube, positions)
         # The cube embedding stays random: MoCo v3 found that training it makes training unstable.
