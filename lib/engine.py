@@ -47,8 +47,7 @@ def parse_config(Config, argv: list[str], text: str, presets: dict[str, dict]):
     for flag, field in flags.items():
         default = presets[preset].get(field.name, field.default)
         about = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        how = dict(help=about, default=argparse.SUPPRESS, **_argument(field.type))
-        parser.add_argument(flag, **how)
+        parser.add_argument(flag, help=about, default=argparse.SUPPRESS, **_argument(field.type))
     given = vars(parser.parse_args(argv))
     given = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
     config = Config(**{**presets[preset], **given})

@@ -86,6 +86,7 @@ class Run:
         self.stage, self.folder, self.cfg = stage, Path("runs") / name, cfg
         self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
         self.unreadable, self.losses = {}, []  # losses of the steps since the last line
+        self.waited = self.without = 0.0  # seconds without data: since the last line, and of all
         self.asked = self.stop = 0  # a signal: what this process got, what all of them act on
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -113,8 +114,7 @@ class Run:
         model = torch.compile(model) if cfg.compile else model
         self.net = DistributedDataParallel(model) if dist.is_initialized() else model
         self.log = Log(self.folder, self.start, self.total, self.config)
-        self.begin = self.saved = time.time()
-        self.pass_number = 0
+        self.begin = self.saved = self.written = time.time()
         if self.start == self.total:
             self.say(f"{self.folder} is finished: all {self.total} steps are done")
             return
@@ -188,7 +188,7 @@ class Run:
             self.pass_number = number
             asked = time.time()
             clips, labels, unreadable = next(batches)
-            self.log.waited += time.time() - asked
+            self.waited += time.time() - asked
             for error in {*unreadable.values()} - {*self.unreadable.values()}:
                 tqdm.write(f"left out, unreadable: {error}", file=sys.stderr)
             self.unreadable |= unreadable
@@ -269,21 +269,24 @@ class Run:
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):
                 names = [str(self.videos.split.paths[i]) for i, _ in self.order.step_keys(step)]
-                raise ValueError(
-                    f"the loss is {loss} at step {step} (lr {lr:.3g}): {LOWER}; "
-                    f"videos: {', '.join(names[:8])}"
-                )
-        clips = len(losses) * self.cfg.batch * self.cfg.repeats
-        values = dict(epoch=done / self.per_epoch, loss=sum(losses) / len(losses), lr=lr)
-        values |= {key: float(value) for key, value in getattr(self.model, "more", {}).items()}
-        self.log.line(done, clips, **values, unreadable=len(self.unreadable))
+                advice = f"{LOWER}; videos: {', '.join(names[:8])}"
+                raise ValueError(f"the loss is {loss} at step {step} (lr {lr:.3g}): {advice}")
+        loss, clips = sum(losses) / len(losses), len(losses) * self.cfg.batch * self.cfg.repeats
+        more = {key: float(value) for key, value in getattr(self.model, "more", {}).items()}
+        seconds = max(time.time() - self.written, 1e-9)
+        speeds = dict(clips_per_s=clips / seconds, waiting_for_data=self.waited / seconds)
+        values = dict(step=done, epoch=done / self.per_epoch, loss=loss, lr=lr, **more)
+        self.log.write(**values, unreadable=len(self.unreadable), **speeds)
+        self.log.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
+        self.without += self.waited
+        self.written, self.waited = time.time(), 0.0
 
     def close(self) -> None:
         """Say what was left out and what took the time. After a signal, end the program."""
         self.log.bar.close()
         if self.start == self.total:  # it was finished before
             return
-        share = self.log.without / (time.time() - self.begin)
+        share = self.without / (time.time() - self.begin)
         if share > 0.2:
             cores = f"now {self.cfg.workers}; {os.cpu_count()} cores here"
             self.say(f"take more --workers ({cores}), or see `python data.py prepare`")
@@ -308,8 +311,7 @@ class Log:
     """runs/NAME/log.jsonl and a progress bar, in process 0. A resumed run drops later lines."""
 
     def __init__(self, folder: Path, start: int, total: int, config: dict):
-        self.path, self.time = folder / "log.jsonl", time.time()
-        self.waited = self.without = 0.0  # seconds without data: since the last line, and of all
+        self.path = folder / "log.jsonl"
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
@@ -327,13 +329,3 @@ class Log:
         if engine.rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
-
-    def line(self, done: int, clips: int, **values) -> None:
-        """Append the line of the steps since the last one, in which `clips` clips were seen."""
-        seconds = max(time.time() - self.time, 1e-9)
-        speeds = dict(clips_per_s=clips / seconds, waiting_for_data=self.waited / seconds)
-        self.write(step=done, **values, **speeds)
-        loss, lr = f"{values['loss']:.4f}", f"{values['lr']:.2e}"
-        self.bar.set_postfix(loss=loss, lr=lr, refresh=False)
-        self.without += self.waited
-        self.time, self.waited = time.time(), 0.0
