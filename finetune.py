@@ -239,8 +239,7 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
             raise ValueError(f"{line}: {how}; --predict needs none")
     # Classes meet by name: a test part may lack some of them. A list has numbers: names, where one
     # of the two has them, are the other's as well.
-    named = [split.classes for split in (train, test) if split.kind != "list"]
-    classes = named[0] if named else train.classes
+    classes = next((part.classes for part in (train, test) if part.kind != "list"), train.classes)
     if train.classes != classes:
         train = fit_classes(train, classes, "the test videos", "the training videos")
     test = fit_classes(test, classes, "the training videos", "the test videos")

@@ -94,8 +94,7 @@ def write_features(encoder, cfg: Config, device, path: Path) -> None:
 
     They are also kept in the file `path`. Exit code 1, at the end, where videos cannot be read.
     """
-    paths, wrong = evaluate.find_videos(cfg.videos, cfg.data)
-    windows = [window for path in paths for window in evaluate.cut(path, cfg.every)]
+    windows, wrong = evaluate.find_videos(cfg.videos, cfg.data, cfg.every)
     found, errors = each_video(encoder, WindowViews(windows, cfg), cfg, device, path)
     if found:
         paths, starts = [str(windows[i].path) for i in found], [windows[i].start for i in found]

@@ -36,10 +36,11 @@ from lib.video import identity, length, read_frames, shown
 Window = namedtuple("Window", "path start first frames", defaults=(0, 0, 0))
 
 
-def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
+def find_videos(names, data: str | None, every: float | None) -> tuple[list[Window], list[str]]:
     """(videos that files, folders, globs and lists name, what is wrong with the others).
 
     Paths of a list begin at `data` or at its own folder: where more are. Its labels do not count.
+    Films are cut by `every`, see cut.
     """
     paths, errors = [], []
     for name in map(os.path.expanduser, names):
@@ -61,7 +62,7 @@ def find_videos(names, data: str | None) -> tuple[list[Path], list[str]]:
             paths += videos
             for note in notes:
                 Run.say(f"note: {note}")
-    return paths, errors
+    return [window for path in paths for window in cut(path, every)], errors
 
 
 def cut(path: Path, every: float | None) -> list[Window]:
@@ -308,8 +309,7 @@ def predict(model: nn.Module, classes: list[str], cfg, table: Path, device) -> N
     if cfg.classes:
         named = Split([], [], [*read_names(cfg.classes).values()])
         classes = fit_classes(named, classes, cfg.init).classes
-    paths, wrong = find_videos(cfg.predict, cfg.data)
-    windows = [window for path in paths for window in cut(path, cfg.every)]
+    windows, wrong = find_videos(cfg.predict, cfg.data, cfg.every)
     views = WindowViews(windows, cfg)
     # Kept after Ctrl-C, so that the same command goes on. Another one has a file of its own.
     kept = table.with_name(f"predicted-{engine.derive_seed(repr(cfg), *views.keys)}.pt")
