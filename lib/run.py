@@ -206,7 +206,8 @@ class Run:
 
     def autocast(self):
         """The context of the forward pass: matrix products in the type of --precision."""
-        return engine.autocast(self.device, self.dtype)
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this pass to those of the step."""
