@@ -138,6 +138,15 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def of_all(mine) -> list:
+    """What each process has, in their order: plain objects. All processes must call it together."""
+    if processes() == 1:
+        return [mine]
+    found = [None] * processes()
+    dist.all_gather_object(found, mine)
+    return found
+
+
 def in_first_process(work, *args) -> None:
     """work(*args) in process 0, while the others wait: for files that all of them read."""
     if rank() == 0:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -215,13 +214,10 @@ def each_video(
             if time.time() > saved + 600:
                 save()
                 saved = time.time()
-        if engine.processes() > 1:
-            parts = [None] * engine.processes()
-            dist.all_gather_object(parts, (kept, errors))
-            for results, more in parts:
-                kept |= results
-                errors |= more
-            path = path if engine.rank() == 0 else None  # one file of all
+        for results, more in engine.of_all((kept, errors)):
+            kept |= results
+            errors |= more
+        path = path if engine.rank() == 0 else None  # one file of all
     except KeyboardInterrupt:
         Run.say(f"stopped: {path} keeps {len(kept)} videos" if path else "stopped")
         sys.exit(130)

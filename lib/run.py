@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -112,7 +111,7 @@ class Run:
             raise ValueError("--compile chooses by itself what is kept: leave out --memory")
         speed.save_memory(model, cfg.memory)
         model = torch.compile(model) if cfg.compile else model
-        self.net = DistributedDataParallel(model) if dist.is_initialized() else model
+        self.net = DistributedDataParallel(model) if engine.processes() > 1 else model
         self.log = Log(self.folder, self.start, self.total, self.config)
         self.begin = self.saved = self.written = time.time()
         if self.start == self.total:
@@ -237,8 +236,7 @@ class Run:
         due = done == self.total or time.time() - self.saved > 60 * self.cfg.save_minutes
         line = done == self.total or done % self.cfg.log_every == 0
         if engine.processes() == 1:
-            self.stop = self.asked
-            line = line or due or self.stop  # only losses that are known to be finite are saved
+            line = line or due or self.asked  # only losses that are known to be finite are saved
         if line:
             self._log_line(done, lr)
         if not (line and due or self.stop) or engine.rank() > 0:
@@ -254,19 +252,12 @@ class Run:
 
     def _log_line(self, done: int, lr: float) -> None:
         """Write about the steps since the last line. ValueError where a loss is not finite."""
-        losses = torch.stack(self.losses)
-        if engine.processes() > 1:
-            # Processes talk here only: of losses, broken videos, and whether one was asked to stop.
-            mine = torch.cat([losses, losses.new_tensor([self.asked, len(self.unreadable)])])
-            parts = [torch.empty_like(mine) for _ in range(engine.processes())]
-            dist.all_gather(parts, mine)
-            losses, asked, broken = torch.stack(parts).split([len(losses), 1, 1], dim=1)
-            losses, self.stop = losses.mean(dim=0), int(asked.max())
-            if broken.any():
-                found = [None] * engine.processes()
-                dist.all_gather_object(found, self.unreadable)
-                self.unreadable = {index: error for part in found for index, error in part.items()}
-        losses, self.losses = losses.tolist(), []
+        # Processes talk here only: of losses, broken videos, and whether one was asked to stop.
+        mine = torch.stack(self.losses).tolist(), self.asked, self.unreadable
+        losses, asked, unreadable = zip(*engine.of_all(mine), strict=True)
+        losses = torch.tensor(losses, device=self.device).mean(dim=0).tolist()
+        self.losses, self.stop = [], max(asked)
+        self.unreadable = {index: error for part in unreadable for index, error in part.items()}
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):
                 names = [str(self.videos.split.paths[i]) for i, _ in self.order.step_keys(step)]
