@@ -291,10 +291,8 @@ def predict(model: Detector, classes: list[str], cfg: Config, folder: Path, devi
         return
     for (_, second), (boxes, scores) in found.items():
         image = read_second(film, second, replace(cfg, frames=1))[0]
-        best = torch.from_numpy(scores).topk(min(2, len(classes)))
         texts = [
-            "\n".join(f"{classes[i]} {v:.0%}" for i, v in zip(row, values, strict=True))
-            for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            "\n".join(f"{classes[i]} {row[i]:.0%}" for i in (-row).argsort()[:2]) for row in scores
         ]
         pictures.append((f"second {second}", image, boxes, texts))
     if pictures:

@@ -89,13 +89,13 @@ class RandomViews(Videos):
         return next(iter(unreadable.values()), views)
 
 
-def write_features(encoder, cfg: Config, device, path: Path) -> None:
+def write_features(encoder, cfg: Config, *how) -> None:
     """Write what --features asks for: paths, starts in seconds, features (videos, D) float32.
 
-    They are also kept in the file `path`. Exit code 1, at the end, where videos cannot be read.
+    `how` is for each_video. Exit code 1, at the end, where videos cannot be read.
     """
     windows, wrong = evaluate.find_videos(cfg.videos, cfg.data, cfg.every)
-    found, errors = each_video(encoder, WindowViews(windows, cfg), cfg, device, path)
+    found, errors = each_video(encoder, WindowViews(windows, cfg), cfg, *how)
     if found:
         paths, starts = [str(windows[i].path) for i in found], [windows[i].start for i in found]
         features = torch.stack([*found.values()]).mean(dim=1)
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
     encoder = speed.place(model, device)["encoder"]
     untrained = "-random" * (cfg.init == "random")
     folder = Path("runs") / (cfg.name or f"linprobe-{preset}{untrained}")
-    how = (cfg, device, folder / "features.pt")
+    how = (cfg, device, folder / "features.pt", lambda tokens: tokens.mean(dim=1))
     if cfg.features:
         return write_features(encoder, *how)
     place = lambda init: str(Path(init).resolve()).removesuffix("/checkpoint.pt")

@@ -13,6 +13,7 @@ import time
 from collections import namedtuple
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -150,19 +151,17 @@ class WindowViews(Dataset):
         return torch.cat([spatial_views(clip, *how) for clip in clips])
 
 
-def softmax_or_mean(out: Tensor) -> Tensor:
-    """A classifier's softmax (K, classes), or the mean of an encoder's tokens (K, D)."""
-    return out.softmax(dim=1) if out.ndim == 2 else out.mean(dim=1)
-
-
 def kept_files(path: Path) -> list[Path]:
     """Where each_video keeps outputs, if any: `path`, and a file for each other process."""
     return [path, *path.parent.glob(f"{path.stem}.[0-9]*.pt")]
 
 
+SOFTMAX = partial(torch.softmax, dim=1)  # of logits (K, classes)
+
+
 @torch.no_grad()
 def each_video(
-    model: nn.Module, views: Dataset, cfg, device, path: Path | None = None, score=softmax_or_mean
+    model: nn.Module, views: Dataset, cfg, device, path: Path | None = None, score=SOFTMAX
 ):  # fmt: skip
     """({index: output on the CPU}, {index: error}) for views (K, T, C, H, W) uint8, or an error.
 
