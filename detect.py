@@ -38,7 +38,6 @@ from data import TOY_FILMS, Videos, make_loader
 from finetune import ModelConfig, TuneConfig, make_classifier, make_optimizer
 from lib import ava, engine, evaluate, speed
 from lib.engine import opt
-from lib.evaluate import each_video
 from lib.run import Run, fit_to_set
 from lib.toy import make_toy_films
 from lib.video import identity, length, read_frames, shown
@@ -232,7 +231,7 @@ def score_frames(model: Detector, views: WholeFrames, cfg: Config, device, path=
 
     A score is the action's probability times the score of the box (official code).
     """
-    scores, errors = each_video(model, views, cfg, device, path, torch.sigmoid)
+    scores, errors = evaluate.each_video(model, views, cfg, device, path, torch.sigmoid)
     found = {}
     for index, score in scores.items():
         boxes = views.found[views.frames[index]]
@@ -311,8 +310,7 @@ def main(argv: list[str]) -> None:
     data = None if cfg.predict else ava.read(cfg)
 
     # The encoder of the weights, and a new head; to evaluate or predict, a trained one.
-    names = data and data.classes
-    cfg, detector, classes = make_classifier(cfg, preset, folder, names, Detector)
+    cfg, detector, classes = make_classifier(cfg, preset, folder, data and data.classes, Detector)
     cfg = replace(cfg, short_side=cfg.short_side or round(cfg.resolution * 8 / 7))
     speed.place(detector, device)
     if data and len(classes) != cfg.actions:
@@ -349,8 +347,7 @@ def main(argv: list[str]) -> None:
             # makes each count the same, whatever its clip and pass.
             entropy = F.binary_cross_entropy_with_logits(logits, does, reduction="sum")
             run.backward(entropy / (cfg.actions * len(clips)))
-        lr = engine.cosine_lr(step, run.total, run.warmup, *ends)
-        if run.update(lr):
+        if run.update(engine.cosine_lr(step, run.total, run.warmup, *ends)):
             visualize.plot_log(run.folder)
     run.close()
     score_test(detector, data, cfg, folder, device)

@@ -31,7 +31,6 @@ from data import SAMPLING, TOY, Split, Videos, finetune_transform, make_loader, 
 from lib import engine, evaluate, prepare, speed
 from lib.annotations import brief
 from lib.engine import opt
-from lib.evaluate import fit_classes
 from lib.lists import READERS, choose
 from lib.run import Run, RunConfig, StageConfig, fit_to_set
 from lib.video import shown
@@ -203,8 +202,7 @@ def make_classifier(
     config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}
     torch.manual_seed(cfg.seed)
     model = build(Model, config | dict(classes=len(classes)))
-    report = load_weights(model, state, about, 1.0 if trained else cfg.least)
-    Run.say(f"{path}: {report}\n{line}")
+    Run.say(f"{path}: {load_weights(model, state, about, 1.0 if trained else cfg.least)}\n{line}")
     return cfg, model, classes
 
 
@@ -241,8 +239,8 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
     # of the two has them, are the other's as well.
     classes = next((part.classes for part in (train, test) if part.kind != "list"), train.classes)
     if train.classes != classes:
-        train = fit_classes(train, classes, "the test videos", "the training videos")
-    test = fit_classes(test, classes, "the training videos", "the test videos")
+        train = evaluate.fit_classes(train, classes, "the test videos", "the training videos")
+    test = evaluate.fit_classes(test, classes, "the training videos", "the test videos")
     if len({*train.labels}) < 2 and not alone:
         one = brief(classes[train.labels[0]])
         raise ValueError(f"all training videos are of one class, {one}: two are needed")
@@ -354,7 +352,7 @@ def main(argv: list[str]) -> None:
     if cfg.predict:
         return evaluate.predict(model, classes, cfg, folder / "predicted.csv", device)
     if cfg.eval_only:
-        return score_test(model, fit_classes(test, classes, cfg.init), cfg, folder, device)
+        return score_test(model, evaluate.fit_classes(test, classes, cfg.init), cfg, folder, device)
 
     # Several augmentations of one decoded clip (repeated augmentation).
     how = (cfg.flip, cfg.operations, cfg.magnitude, cfg.smallest, cfg.erase)
@@ -382,8 +380,7 @@ def main(argv: list[str]) -> None:
                 logits = run.net(clips)
             entropy = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing)
             run.backward(entropy)
-        lr = engine.cosine_lr(step, run.total, run.warmup, peak, last)
-        if run.update(lr):
+        if run.update(engine.cosine_lr(step, run.total, run.warmup, peak, last)):
             visualize.plot_log(folder)
         epoch, rest = divmod(step + 1, run.per_epoch)
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:

@@ -26,7 +26,6 @@ import finetune
 from data import SAMPLING, Split, Videos, pretrain_transform
 from lib import engine, evaluate, speed
 from lib.engine import opt
-from lib.evaluate import WindowViews, each_video
 from lib.video import identity
 from lib.weights import build, load_weights, read_weights
 from model import VideoMAE
@@ -95,7 +94,7 @@ def write_features(encoder, cfg: Config, *how) -> None:
     `how` is for each_video. Exit code 1, at the end, where videos cannot be read.
     """
     windows, wrong = evaluate.find_videos(cfg.videos, cfg.data, cfg.every)
-    found, errors = each_video(encoder, WindowViews(windows, cfg), cfg, *how)
+    found, errors = evaluate.each_video(encoder, evaluate.WindowViews(windows, cfg), cfg, *how)
     if found:
         paths, starts = [str(windows[i].path) for i in found], [windows[i].start for i in found]
         features = torch.stack([*found.values()]).mean(dim=1)
@@ -190,10 +189,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--warmup {cfg.warmup:g} must be less than --epochs {cfg.epochs}")
     if cfg.epochs * (len(train.paths) // min(cfg.batch, len(train.paths))) < 100:
         print("note: in under 100 steps, the head's BatchNorm does not settle: more --epochs")
-    found, errors = each_video(encoder, WindowViews(test.paths, cfg), *how)
+    found, errors = evaluate.each_video(encoder, evaluate.WindowViews(test.paths, cfg), *how)
     evaluate.none_wrong(errors, "then the same command")
     unseen = torch.stack([*found.values()]).to(device)
-    found, errors = each_video(encoder, RandomViews(train, cfg), *how)
+    found, errors = evaluate.each_video(encoder, RandomViews(train, cfg), *how)
     for error in errors.values():
         print(f"left out, unreadable: {error}")
     if len(errors) > len(train.paths) / 10:

@@ -205,8 +205,7 @@ class Run:
 
     def autocast(self):
         """The context of the forward pass: matrix products in the type of --precision."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this pass to those of the step."""
@@ -243,10 +242,9 @@ class Run:
             return False
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             raise ValueError(f"the weights are not finite after step {done} (lr {lr:.3g}): {LOWER}")
-        state = dict(stage=self.stage, config=self.config, step=done, steps=self.total)
-        for key in ("model", "optimizer", "scaler"):
-            state[key] = getattr(self, key).state_dict()
-        engine.save_checkpoint(self.folder / "checkpoint.pt", **state)
+        about = dict(stage=self.stage, config=self.config, step=done, steps=self.total)
+        parts = {x: getattr(self, x).state_dict() for x in ("model", "optimizer", "scaler")}
+        engine.save_checkpoint(self.folder / "checkpoint.pt", **about, **parts)
         self.saved = time.time()
         return True
 
@@ -306,9 +304,8 @@ class Log:
         self.path = folder / "log.jsonl"
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
-            old = self.path.read_text().splitlines() if start and self.path.exists() else []
             kept = []
-            for line in old:
+            for line in self.path.read_text().splitlines() if start and self.path.exists() else ():
                 with suppress(ValueError):  # the last may have been cut short
                     if json.loads(line).get("step", 0) <= start:
                         kept.append(f"{line}\n")

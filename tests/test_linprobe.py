@@ -56,7 +56,7 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
     (saved,) = torch.load("runs/linprobe-toy/features.pt", weights_only=True).values()
     assert len(saved) == 24 and all(feature.shape == (2, 128) for feature in saved.values())
     with monkeypatch.context() as patch:
-        for views in (linprobe.WindowViews, linprobe.RandomViews):
+        for views in (evaluate.WindowViews, linprobe.RandomViews):
             patch.setattr(views, "__getitem__", None)  # must not be needed again
         linprobe.main([*flags, "--epochs", "3"])
         for change in (["--stride", "2"], ["--seed", "1"], ["--shots", "2"]):
@@ -76,7 +76,7 @@ def test_features_are_cached_and_made_anew_when_anything_changed(here, capsys, m
     # Cubes of other sides, of equal weights in the same shapes.
     flags += "--init random --positions 1d --resolution 32 --name cubes --cube 2".split()
     linprobe.main([*flags, "4", "16"])
-    monkeypatch.setattr(linprobe.WindowViews, "__getitem__", None)
+    monkeypatch.setattr(evaluate.WindowViews, "__getitem__", None)
     with pytest.raises(TypeError):
         linprobe.main([*flags, "16", "4"])
 
@@ -167,7 +167,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(here, tmp_path, monkeypa
 
         return item
 
-    for views in (linprobe.WindowViews, linprobe.RandomViews):
+    for views in (evaluate.WindowViews, linprobe.RandomViews):
         monkeypatch.setattr(views, "__getitem__", counted(views.__getitem__))
 
     def run(name, when):
@@ -229,7 +229,7 @@ def test_views_are_those_of_the_flags(toy):
     same = [torch.equal(a, b) for a, b in zip(views(flip=True), views(), strict=True)]
     assert any(mirrored) and any(same) and all(a != b for a, b in zip(mirrored, same, strict=True))
     assert not torch.equal(views()[0], views(sampling="uniform")[0])
-    test = [linprobe.WindowViews(split.paths, replace(cfg, **how))[0]
+    test = [evaluate.WindowViews(split.paths, replace(cfg, **how))[0]
             for how in ({}, dict(augment="official"), dict(sampling="uniform"))]  # fmt: skip
     assert not torch.equal(test[0], test[1]) and not torch.equal(test[0], test[2])
 
