@@ -2,9 +2,9 @@
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import signal
+from multiprocessing import Pipe, Process, parent_process
 from multiprocessing.connection import wait
 
 
@@ -15,26 +15,23 @@ def in_processes(work, items: list, processes: int, silence: float = 60):
     seconds, costs its one item. So a long film may take its time. An OSError, such as that of a
     full disk, would meet all items: it is raised here.
     """
-    waiting, started, busy, idle = items[::-1], {}, {}, []  # pipe -> process, pipe -> item
+    waiting, started, busy = items[::-1], {}, {}  # pipe -> process, pipe -> item
     try:
         while waiting or busy:
             while waiting and len(busy) < max(1, processes):
-                if not idle:
-                    pipe, there = multiprocessing.Pipe()
-                    how = dict(target=_serve, args=(work, there, silence), daemon=True)
-                    process = multiprocessing.Process(**how)
+                if len(started) == len(busy):
+                    pipe, there = Pipe()
+                    process = Process(target=_serve, args=(work, there, silence), daemon=True)
                     process.start()
                     started[pipe] = process
                     there.close()  # so that the end of the process is the end of the pipe
-                    idle.append(pipe)
-                pipe = idle.pop()
+                pipe = (started.keys() - busy.keys()).pop()
                 busy[pipe] = waiting.pop()
                 pipe.send(busy[pipe])
             for pipe in wait(busy):
                 item = busy.pop(pipe)
                 try:
                     result = pipe.recv()
-                    idle.append(pipe)
                 except (EOFError, OSError):
                     process = started.pop(pipe)
                     process.join()
@@ -51,7 +48,7 @@ def in_processes(work, items: list, processes: int, silence: float = 60):
 def _serve(work, pipe, silence: float) -> None:
     gc.freeze()  # garbage of the main process: its decoders would wait for threads it has
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-    nowhere, parent = open(os.devnull, "w"), multiprocessing.parent_process()
+    nowhere, parent = open(os.devnull, "w"), parent_process()
     # Ends this process after so many seconds, even inside of a decoder. The next call starts anew.
     alive = lambda: faulthandler.dump_traceback_later(silence, exit=True, file=nowhere)
     while parent.is_alive():

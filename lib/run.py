@@ -183,6 +183,7 @@ class Run:
 
     def passes(self, batches):
         """Gradient accumulation: (clips, labels) on the device, for each forward pass of a step."""
+        self.losses.append(0.0)  # that of this step
         for number in range(self.accumulation):
             self.pass_number = number
             asked = time.time()
@@ -212,8 +213,6 @@ class Run:
         loss = loss / self.accumulation
         self.scaler.scale(loss).backward()
         # Losses stay on the device until the log needs them, so that the CPU need not wait.
-        if self.pass_number == 0:
-            self.losses.append(0.0)
         self.losses[-1] = self.losses[-1] + loss.detach()
 
     def update(self, lr: float) -> bool:
