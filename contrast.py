@@ -36,7 +36,7 @@ from model import SIZES, Encoder
 class Config(RunConfig):
     # clips
     frames: int = opt(16, "frames of a clip", 1)
-    stride: int = opt(4, "frames of the video per frame of a clip; 0: one frame, held still", 0)
+    stride: int = opt(4, "frames from one frame of a clip to the next; 0: one frame, held still", 0)
     resolution: int = opt(224, "height and width of a clip, pixels; the blur needs 7", 7)
     smallest: float = opt(0.08, "smallest area of the random crop, as a share of the frame", 0, 1)
     flip: bool = opt(True, "mirror half of the clips; not where left and right tell classes apart")
@@ -53,7 +53,7 @@ class Config(RunConfig):
     steps: int = opt(5000, "preset own: about so many steps, unless --epochs is given", 1)
     batch: int = opt(1024, "videos per step, over all GPUs: they are told from each other", 2)
     base_lr: float = opt(1.5e-4, "learning rate at batch 256; the peak is base_lr * batch / 256", 0)
-    warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth", 0)
+    warmup: float | None = opt(40, "epochs of linear warm-up; None: a tenth of all", 0)
     weight_decay: float = opt(0.1, "AdamW's; none on biases and norms", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
 
@@ -260,12 +260,12 @@ def main(argv: list[str]) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     run = Run("contrast", name, cfg, model, optimizer, pairs, device)
-    batches = make_loader(pairs, run.order, cfg.workers, device.type == "cuda")
+    loader = make_loader(pairs, run.order, cfg.workers, device.type == "cuda")
     for step in run.steps():
         # The momentum encoder follows ever more slowly, and in the end not at all. It does so
         # before it makes keys (official code), so a checkpoint holds all that the next step needs.
         model.follow(engine.cosine_lr(step, run.total, 0, cfg.momentum, 1.0))
-        for clips, _ in run.passes(batches):  # a single one
+        for clips, _ in run.passes(loader):  # a single one
             with run.autocast():
                 queries, keys, features = run.net(clips)
             # A query chooses among the keys of all processes. Its own is of the other view. The

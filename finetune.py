@@ -9,8 +9,8 @@
 
 WEIGHTS is a checkpoint of pretrain.py, an official .pth or a Hugging Face folder. Leaves runs/NAME/
 with checkpoint.pt, log.jsonl, loss.png, results.json, predictions.csv, classes.png, confusion.png,
-or of --predict predicted.csv. The loss falls from log(classes), with mixup to well above 0. UCF101:
-91.3 % after 3,200 epochs of pre-training (paper).
+with --predict predicted.csv. The loss begins at log(classes); with mixup, it stays well above 0.
+UCF101: 91.3 % after 3,200 epochs of pre-training (paper).
 """
 
 import re
@@ -42,7 +42,7 @@ from model import SIZES, Classifier, to_float
 class ModelConfig(StageConfig):
     """Flags about weights and what their model is fed, of all stages that start from weights."""
 
-    init: str | None = opt(None, "weights, or none; None: runs/pretrain-PRESET/checkpoint.pt")
+    init: str | None = opt(None, "weights, or 'none'; else runs/pretrain-PRESET/checkpoint.pt")
     frames: int | None = opt(None, "frames of a clip; None: as the weights", 1)
     stride: int | None = opt(None, "video frames per clip frame, 0: still; None: as the weights", 0)
     resolution: int | None = opt(None, "height and width of a clip; None: as the weights", 1)
@@ -62,8 +62,12 @@ class ClipConfig(ModelConfig):
     clips: int = opt(5, "test clips per video", 1)
     crops: int = opt(3, "test crops per clip", 1)
     augment: Literal["official", "torchvision"] = opt("torchvision", "RandAugment and resampling")
-    every: float | None = opt(None, "seconds of a film per prediction or feature; None: all", 0)
-    sampling: Literal[tuple(SAMPLING)] | None = opt(None, "of frames; None: as the weights, dense")
+    every: float | None = opt(
+        None, "a prediction or feature per so many seconds; None: per video", 0
+    )
+    sampling: Literal[tuple(SAMPLING)] | None = opt(
+        None, "of frames; None: as the weights, else dense"
+    )
 
 
 @dataclass
@@ -72,17 +76,17 @@ class TuneConfig(RunConfig):
 
     # model
     least: float = opt(0.95, "smallest share of the encoder's tensors that --init must hold", 0, 1)
-    drop_path: float = opt(0.1, "rate at which a clip skips the last block, see Encoder", 0, 1)
+    drop_path: float = opt(0.1, "rate at which a clip skips a branch of the last block", 0, 1)
     head_dropout: float = opt(0.0, "dropout before the head", 0, 1)
     init_scale: float = opt(1e-3, "factor on the head's first weights", 0)
     # optimisation
     epochs: int | None = opt(75, "passes over the training videos; None: by --steps", 1)
     steps: int = opt(1000, "steps of the recipe own, unless --epochs is given", 1)
     batch: int = opt(512, "videos per step, over all GPUs and gradient accumulation passes", 1)
-    micro: int | None = opt(None, "videos per GPU and forward pass; None: no accumulation", 1)
+    micro: int | None = opt(None, "videos per GPU and forward pass; None: one pass per step", 1)
     base_lr: float = opt(1e-3, "learning rate at batch 256; the peak is base_lr * batch / 256", 0)
     min_lr: float = opt(1e-6, "last learning rate, scaled like base_lr", 0)
-    warmup: float | None = opt(5, "epochs of linear warm-up; None: a tenth", 0)
+    warmup: float | None = opt(5, "epochs of linear warm-up; None: a tenth of all", 0)
     weight_decay: float = opt(0.05, "AdamW's; none on biases and norms", 0)
     layer_decay: float = opt(0.75, "learning rate of a block, as a share of the next one's", 0)
     clip_grad: float | None = opt(None, "largest gradient norm; None: no clipping", 0)
@@ -92,6 +96,7 @@ class TuneConfig(RunConfig):
 
 @dataclass
 class Config(ClipConfig, TuneConfig):
+    # Above: flags for weights, labelled videos and training. lib/run.py: those of all stages.
     # augmentation
     repeats: int = opt(2, "augmentations of each decoded clip; the learning rate stays", 1)
     operations: int = opt(4, "RandAugment operations per clip, each applied half of the time", 0)
@@ -129,7 +134,8 @@ PRESETS = {
     "hmdb51-short": dict(SHORT, stride=2, clips=10),
 }  # fmt: skip
 
-# Model and clips where neither weights nor flag nor preset say: the paper's; those of a recipe.
+# Model and clips where weights, flags and preset say nothing: the paper's. UNTRAINED beats USUAL
+# where there are no weights.
 USUAL = dict(frames=16, stride=4, sampling="dense", resolution=224, augment="torchvision",
              size="base", cube=(2, 16, 16), positions="1d")  # fmt: skip
 TOY_CLIPS = dict(frames=8, stride=2, resolution=48, size="toy", cube=(2, 8, 8), positions="3d")
@@ -157,6 +163,7 @@ def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, traine
         if weights[key] != flags[key]:
             raise ValueError(f"--{key} {flags[key]}, but {source} has {weights[key]}: leave it out")
     usual = USUAL if about else USUAL | UNTRAINED.get(preset, {})
+    # Later ones win.
     chosen = usual | flags | weights if trained else usual | weights | flags
     chosen = {key: chosen[key] for key in keys}
     other = [key for key in flags if flags[key] not in (chosen[key], getattr(type(cfg), key))]
@@ -170,7 +177,8 @@ def settle_clips(cfg: ModelConfig, preset: str, about: dict, source: str, traine
     config["video_size"] = (cfg.frames, side, side)
     rule = f"stride {cfg.stride}" if cfg.stride else "one frame held still"
     rule = "uniform sampling" if chosen.get("sampling") == "uniform" else rule
-    rule += ", official resizing" * (chosen.get("augment") == "official")
+    if chosen.get("augment") == "official":
+        rule += ", official resizing"
     clips = f"clips of {cfg.frames} frames, {rule}, {side}x{side} pixels"
     return cfg, config, f"{clips}, cubes {by(cfg.cube)}, size {cfg.size}"
 
@@ -190,8 +198,8 @@ def make_classifier(
     state, about = ({}, {}) if path == "none" else read_weights(path)
     cfg, config, line = settle_clips(cfg, preset, about, path, trained)
     norm = Model.last_norm
-    others = not trained and about.get("classes") != classes
-    if others or f"{norm}.weight" not in state:  # a head for something else is of no use
+    other_classes = not trained and about.get("classes") != classes
+    if other_classes or f"{norm}.weight" not in state:  # a head for something else is of no use
         state = {name: x for name, x in state.items() if not name.startswith("head.")}
     if trained:
         classes = about.get("classes", [])
@@ -235,8 +243,8 @@ def read_parts(cfg: ClipConfig, preset: str) -> tuple[Split, Split]:
             line = f"no label for the {part} video {shown(split.paths[split.labels.index(-1)])}"
             how = "put the videos of each class into a folder, or labels into a list"
             raise ValueError(f"{line}: {how}; --predict needs none")
-    # Classes meet by name: a test part may lack some of them. A list has numbers: names, where one
-    # of the two has them, are the other's as well.
+    # Classes are matched by name, as a test part may lack some. A list has numbers only: it takes
+    # the names of the other part, if that has any.
     classes = next((part.classes for part in (train, test) if part.kind != "list"), train.classes)
     if train.classes != classes:
         train = evaluate.fit_classes(train, classes, "the test videos", "the training videos")
@@ -258,7 +266,7 @@ def draw_shots(split: Split, shots: int, seed: int) -> Split:
     chosen = []
     for label, name in enumerate(split.classes):
         videos = [i for i in order if split.labels[i] == label][:shots]
-        if 0 < len(videos) < shots:  # labels may begin at 1
+        if 0 < len(videos) < shots:  # 0 where labels begin at 1: no class has the number 0
             raise ValueError(f"--shots {shots}, but class {name} has {len(videos)} training videos")
         chosen += videos
     return choose(split, chosen)
@@ -369,7 +377,7 @@ def main(argv: list[str]) -> None:
 
     optimizer = make_optimizer(model, cfg)
     run = Run("finetune", name, cfg, model, optimizer, labelled, device, classes=classes)
-    peak, last = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
+    peak_lr, final_lr = cfg.base_lr * cfg.batch / 256, cfg.min_lr * cfg.batch / 256
     loader = make_loader(labelled, run.order, cfg.workers, device.type == "cuda")
     for step in run.steps():
         for clips, labels in run.passes(loader):
@@ -378,9 +386,10 @@ def main(argv: list[str]) -> None:
             clips, targets = mix(clips, labels, len(classes), cfg)
             with run.autocast():
                 logits = run.net(clips)
-            entropy = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing)
-            run.backward(entropy)
-        if run.update(engine.cosine_lr(step, run.total, run.warmup, peak, last)):
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing)
+            run.backward(loss)
+        lr = engine.cosine_lr(step, run.total, run.warmup, peak_lr, final_lr)
+        if run.update(lr):
             visualize.plot_log(folder)
         epoch, rest = divmod(step + 1, run.per_epoch)
         if cfg.validate and rest == 0 and epoch % cfg.validate == 0 and epoch < cfg.epochs:

@@ -209,7 +209,7 @@ def plot_log(folder: Path) -> None:
         axis.set_ylabel(key)
     for line in lines:
         if "constant_loss" in line:
-            axes[0].axhline(line["constant_loss"], linestyle=":", label="best constant")
+            axes[0].axhline(line["constant_loss"], linestyle=":", label="constant prediction")
             axes[0].legend()
     axes[0].set_yscale("log")
     axes[-1].set_xlabel("step")

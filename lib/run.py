@@ -1,6 +1,6 @@
 """What surrounds a training loop: resuming, accumulation, precision, processes, log, signals.
 
-A stage hands its data, model and optimizer to Run and writes the loop itself, see pretrain.py.
+A stage, such as pretrain.py, hands its data, model and optimizer to Run. It writes the loop itself.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from lib.engine import opt
 # What may differ on --resume. Of these, only micro changes the training: other masks are drawn.
 MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
 boxes threshold name resume device compile memory log_every save_minutes""".split()
-LOWER = "try a lower --base-lr, --clip-grad 1 or --precision fp32"
+ADVICE = "try a lower --base-lr, --clip-grad 1 or --precision fp32"
 
 
 @dataclass
@@ -56,7 +57,7 @@ class RunConfig(StageConfig):
 
 
 def fit_to_set(preset: str, cfg, videos: int):
-    """Recipe "own": a batch no larger than the set; what no flag gives is set for `steps` steps."""
+    """Recipe "own": at most all videos in a batch; epochs and warm-up, unless given, by --steps."""
     if preset != "own":
         if cfg.steps != type(cfg).steps:
             raise ValueError(f"--steps is for the recipe own: give {preset} --epochs")
@@ -85,7 +86,7 @@ class Run:
         self.stage, self.folder, self.cfg = stage, Path("runs") / name, cfg
         self.model, self.optimizer, self.videos, self.device = model, optimizer, videos, device
         self.unreadable, self.losses = {}, []  # losses of the steps since the last line
-        self.waited = self.without = 0.0  # seconds without data: since the last line, and of all
+        self.waited = self.waited_in_all = 0.0  # seconds for data; the first since the last line
         self.asked = self.stop = 0  # a signal: what this process got, what all of them act on
         self.dtype = engine.precision_dtype(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -94,7 +95,8 @@ class Run:
         self.micro, self.accumulation = engine.split_batch(cfg.batch, cfg.micro)
         self.per_epoch = max(len(videos) // cfg.batch, 1)
         self.total, self.warmup = cfg.epochs * self.per_epoch, int(cfg.warmup * self.per_epoch)
-        # Folders may move, `data.py prepare` changes endings, and pre-training reads no labels.
+        # --resume compares the list of videos. Folders may move, and `data.py prepare` changes
+        # endings, so the names alone count. Labels count where there are classes.
         labels = videos.split.labels if "classes" in about else ()
         listed = repr(([path.stem for path in videos.split.paths], labels))
         config = dict(model=model.config, flags=asdict(cfg), videos=len(videos), **about)
@@ -111,7 +113,7 @@ class Run:
             raise ValueError("--compile chooses by itself what is kept: leave out --memory")
         speed.save_memory(model, cfg.memory)
         model = torch.compile(model) if cfg.compile else model
-        self.net = DistributedDataParallel(model) if engine.processes() > 1 else model
+        self.net = DistributedDataParallel(model) if dist.is_initialized() else model
         self.log = Log(self.folder, self.start, self.total, self.config)
         self.begin = self.saved = self.written = time.time()
         if self.start == self.total:
@@ -141,7 +143,7 @@ class Run:
         if not self.cfg.resume:
             raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --name")
         state = engine.load_checkpoint(path, self.stage)
-        # The model of the config are its sizes, that of the flags is a name.
+        # Both have a key "model": a name in the flags, sizes in the config. "the" tells them apart.
         flat = lambda c: c["flags"] | {f"the {key}": c[key] for key in c.keys() - {"flags"}}
         before, now = flat(state["config"]), flat(self.config)
         changed = [key for key in before if before[key] != now.get(key) and key not in MAY_CHANGE]
@@ -152,7 +154,7 @@ class Run:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # fp16, at least before
+        if state["scaler"]:  # empty, unless the run was in fp16
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
@@ -186,9 +188,9 @@ class Run:
         self.losses.append(0.0)  # that of this step
         for number in range(self.accumulation):
             self.pass_number = number
-            asked = time.time()
+            begin = time.time()
             clips, labels, unreadable = next(batches)
-            self.waited += time.time() - asked
+            self.waited += time.time() - begin
             for error in {*unreadable.values()} - {*self.unreadable.values()}:
                 tqdm.write(f"left out, unreadable: {error}", file=sys.stderr)
             self.unreadable |= unreadable
@@ -197,7 +199,7 @@ class Run:
                 raise ValueError(f"{advice}: {next(iter(self.unreadable.values()))}")
             # DDP averages the gradients of the processes in the last pass only.
             self.net.require_backward_grad_sync = number == self.accumulation - 1
-            yield (x.to(self.device, non_blocking=True) for x in (clips, labels))
+            yield tuple(x.to(self.device, non_blocking=True) for x in (clips, labels))
 
     def seed(self, use: str) -> int:
         """A seed for this pass. It is the same however the passes are spread over processes."""
@@ -234,13 +236,16 @@ class Run:
         due = done == self.total or time.time() - self.saved > 60 * self.cfg.save_minutes
         line = done == self.total or done % self.cfg.log_every == 0
         if engine.processes() == 1:
-            line = line or due or self.asked  # only losses that are known to be finite are saved
+            line = line or due or self.asked
         if line:
-            self._log_line(done, lr)
-        if not (line and due or self.stop) or engine.rank() > 0:
+            self._log_line(done, lr)  # it ends the run where a loss is not finite, before a save
+        save = (line and due) or self.stop
+        if not save or engine.rank() > 0:
             return False
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise ValueError(f"the weights are not finite after step {done} (lr {lr:.3g}): {LOWER}")
+            raise ValueError(
+                f"the weights are not finite after step {done} (lr {lr:.3g}): {ADVICE}"
+            )
         about = dict(stage=self.stage, config=self.config, step=done, steps=self.total)
         parts = {x: getattr(self, x).state_dict() for x in ("model", "optimizer", "scaler")}
         engine.save_checkpoint(self.folder / "checkpoint.pt", **about, **parts)
@@ -258,8 +263,9 @@ class Run:
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):
                 names = [str(self.videos.split.paths[i]) for i, _ in self.order.step_keys(step)]
-                advice = f"{LOWER}; videos: {', '.join(names[:8])}"
-                raise ValueError(f"the loss is {loss} at step {step} (lr {lr:.3g}): {advice}")
+                where = f"step {step} (lr {lr:.3g})"
+                videos = ", ".join(names[:8])
+                raise ValueError(f"the loss is {loss} at {where}: {ADVICE}; videos: {videos}")
         loss, clips = sum(losses) / len(losses), len(losses) * self.cfg.batch * self.cfg.repeats
         more = {key: float(value) for key, value in getattr(self.model, "more", {}).items()}
         seconds = max(time.time() - self.written, 1e-9)
@@ -267,7 +273,7 @@ class Run:
         values = dict(step=done, epoch=done / self.per_epoch, loss=loss, lr=lr, **more)
         self.log.write(**values, unreadable=len(self.unreadable), **speeds)
         self.log.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
-        self.without += self.waited
+        self.waited_in_all += self.waited
         self.written, self.waited = time.time(), 0.0
 
     def close(self) -> None:
@@ -275,7 +281,7 @@ class Run:
         self.log.bar.close()
         if self.start == self.total:  # it was finished before
             return
-        share = self.without / (time.time() - self.begin)
+        share = self.waited_in_all / (time.time() - self.begin)
         if share > 0.2:
             cores = f"now {self.cfg.workers}; {os.cpu_count()} cores here"
             self.say(f"take more --workers ({cores}), or see `python data.py prepare`")
