@@ -42,7 +42,7 @@ from model import SIZES, Classifier, to_float
 class ModelConfig(StageConfig):
     """Flags about weights and what their model is fed, of all stages that start from weights."""
 
-    init: str | None = opt(None, "weights, or 'none'; else runs/pretrain-PRESET/checkpoint.pt")
+    init: str | None = opt(None, "weights, or 'none'; None: those of pretrain.py, or of runs/NAME")
     frames: int | None = opt(None, "frames of a clip; None: as the weights", 1)
     stride: int | None = opt(None, "video frames per clip frame, 0: still; None: as the weights", 0)
     resolution: int | None = opt(None, "height and width of a clip; None: as the weights", 1)
@@ -210,7 +210,8 @@ def make_classifier(
     config |= {key: getattr(cfg, key) for key in ("drop_path", "head_dropout", "init_scale")}
     torch.manual_seed(cfg.seed)
     model = build(Model, config | dict(classes=len(classes)))
-    Run.say(f"{path}: {load_weights(model, state, about, 1.0 if trained else cfg.least)}\n{line}")
+    report = load_weights(model, state, about, 1.0 if trained else cfg.least)
+    Run.say(f"{path}: {report}\n{line}")
     return cfg, model, classes
 
 

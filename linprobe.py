@@ -88,13 +88,15 @@ class RandomViews(Videos):
         return next(iter(unreadable.values()), views)
 
 
-def write_features(encoder, cfg: Config, *how) -> None:
+def write_features(encoder, cfg: Config, device, path: Path, mean) -> None:
     """Write what --features asks for: paths, starts in seconds, features (videos, D) float32.
 
-    `how` is for each_video. Exit code 1, at the end, where videos cannot be read.
+    They are also kept in the file `path`. Exit code 1, at the end, where videos cannot be read.
     """
     windows, wrong = evaluate.find_videos(cfg.videos, cfg.data, cfg.every)
-    found, errors = evaluate.each_video(encoder, evaluate.WindowViews(windows, cfg), cfg, *how)
+    found, errors = evaluate.each_video(
+        encoder, evaluate.WindowViews(windows, cfg), cfg, device, path, mean
+    )
     if found:
         paths, starts = [str(windows[i].path) for i in found], [windows[i].start for i in found]
         features = torch.stack([*found.values()]).mean(dim=1)

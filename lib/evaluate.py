@@ -37,7 +37,7 @@ Window = namedtuple("Window", "path start first frames", defaults=(0, 0, 0))
 
 
 def find_videos(names, data: str | None, every: float | None) -> tuple[list[Window], list[str]]:
-    """(videos that files, folders, globs and lists name, what is wrong with the others).
+    """(windows of the videos that files, folders, globs and lists name, what is wrong with others).
 
     Paths of a list begin at `data` or at its own folder: where more are. Its labels do not count.
     Films are cut by `every`, see cut.

@@ -143,8 +143,10 @@ def listed(data, splits, fold: int, train: bool, classes_file=None) -> Split:
     else:
         found = _read_file(data, splits)
     places = Counter(map(os.path.normpath, found.paths))
-    if twice := [path for path, times in places.items() if times > 1]:
-        raise ValueError(f"{splits} lists {brief(twice[0])} twice: remove one")
+    if twice := next((place for place, times in places.items() if times > 1), None):
+        both = [path for path in found.paths if os.path.normpath(path) == twice]
+        names = " and as ".join(brief(path) for path in dict.fromkeys(both))
+        raise ValueError(f"{splits} lists a video twice, as {names}: remove one")
     if not found.paths:
         raise ValueError(f"no videos in {splits or data}")
     if min({*found.labels} - {-1}, default=0) == 1:
@@ -272,7 +274,8 @@ def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
         both = brief(min(films[0] & films[1]))
         raise ValueError(f"{splits}: {both} is in both the training and the test list")
     counts = tuple(map(len, parts))
-    if counts != (official := COUNTS.get((name, len(classes), fold), counts)):
+    official = COUNTS.get((name, len(classes), fold), counts)
+    if counts != official:
         has = "{} split {} has {} training and {} test videos, these lists have {} and {}"
         raise ValueError(has.format(name.upper(), fold, *official, *counts))
     chosen = parts[0 if train else 1]
@@ -282,8 +285,11 @@ def _read_official(data: Path, splits: Path, fold: int, train: bool) -> Split:
 
 def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
     """(classes, [(video, label) of the training part, of the test part])."""
-    classes = [*annotations.read_names(splits / "classInd.txt").values()]
-    labels, parts = {name: label for label, name in enumerate(classes)}, []
+    entries = [line.split() for line in list_lines(splits / "classInd.txt").values()]
+    if any(len(entry) != 2 or entry[0] != str(i + 1) for i, entry in enumerate(entries)):
+        want = "lines must read `number class`, numbered from 1"
+        raise ValueError(f"{splits / 'classInd.txt'}: {want}")
+    labels, parts = {name: label for label, (_, name) in enumerate(entries)}, []
     for part in ("trainlist", "testlist"):
         file = splits / f"{part}{fold:02}.txt"
         parts.append([])
@@ -294,7 +300,7 @@ def _read_ucf101(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[st
                 want = "must read `Class/video [number]` as in classInd.txt"
                 raise ValueError(f"{file}: line '{brief(line)}' {want}")
             parts[-1].append((video, label))
-    return classes, parts
+    return list(labels), parts
 
 
 def _read_hmdb51(splits: Path, fold: int) -> tuple[list[str], list[list[tuple[str, int]]]]:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from lib import engine, speed
 from lib.engine import opt
 
-# What may differ on --resume. Of these, only micro changes the training: other masks are drawn.
+# What may differ on --resume. Of these, only micro changes the training: what is drawn per pass,
+# such as masks, is drawn anew.
 MAY_CHANGE = """data splits test_data test_splits workers micro init least clips crops validate
 boxes threshold name resume device compile memory log_every save_minutes""".split()
 ADVICE = "try a lower --base-lr, --clip-grad 1 or --precision fp32"
@@ -57,7 +58,7 @@ class RunConfig(StageConfig):
 
 
 def fit_to_set(preset: str, cfg, videos: int):
-    """Recipe "own": at most all videos in a batch; epochs and warm-up, unless given, by --steps."""
+    """Recipe "own": at most all videos in a batch; unless given, epochs by --steps, and warm-up."""
     if preset != "own":
         if cfg.steps != type(cfg).steps:
             raise ValueError(f"--steps is for the recipe own: give {preset} --epochs")
@@ -257,7 +258,7 @@ class Run:
         # Processes talk here only: of losses, broken videos, and whether one was asked to stop.
         mine = torch.stack(self.losses).tolist(), self.asked, self.unreadable
         losses, asked, unreadable = zip(*engine.of_all(mine), strict=True)
-        losses = torch.tensor(losses, device=self.device).mean(dim=0).tolist()
+        losses = torch.tensor(losses).mean(dim=0).tolist()
         self.losses, self.stop = [], max(asked)
         self.unreadable = {index: error for part in unreadable for index, error in part.items()}
         for step, loss in enumerate(losses, done - len(losses)):
@@ -309,8 +310,9 @@ class Log:
         self.path = folder / "log.jsonl"
         self.bar = engine.progress("training", total, initial=start, unit="step")
         if engine.rank() == 0:
+            old = self.path.read_text().splitlines() if start and self.path.exists() else []
             kept = []
-            for line in self.path.read_text().splitlines() if start and self.path.exists() else ():
+            for line in old:
                 with suppress(ValueError):  # the last may have been cut short
                     if json.loads(line).get("step", 0) <= start:
                         kept.append(f"{line}\n")

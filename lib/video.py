@@ -126,8 +126,10 @@ def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        image, a, d = image.transpose(1, 0, 2), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        image, across, down = image.transpose(1, 0, 2), c, b
+    else:
+        across, down = a, d
+    return image[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
 
 
 def shown(path: str | Path) -> str:
@@ -359,17 +361,19 @@ def _from_start(path, choose, guess: int) -> _Clip:
     without a frame, and cut files begin with frames that nothing can decode. The number is kept for
     the next time. The first time, the clip of a `guess` is kept where the guess was right.
     """
-    file, random = identity(path), torch.get_rng_state()
-    total = _counts.get(file)
-    clip = _Clip(_choose(path, choose, total) if total else choose(guess))
+    file = identity(path)
+    if file not in _counts:
+        random = torch.get_rng_state()
+        clip = _Clip(choose(guess))
+        for index, frame in enumerate(played(path, Probe())):
+            clip.add(frame, index)
+        _counts[file] = index + 1
+        if index + 1 == guess and clip.wanted and not clip.missing:
+            return clip
+        torch.set_rng_state(random)  # so that the first time gives the same clip as the next
+    clip = _Clip(_choose(path, choose, _counts[file]))
     for index, frame in enumerate(played(path, Probe())):
         clip.add(frame, index)
-        if total and not clip.missing:
+        if not clip.missing:
             return clip
-    if total:
-        raise ValueError(f"{shown(path)}: it changed while it was read")
-    _counts[file] = index + 1
-    if index + 1 == guess and clip.wanted and not clip.missing:
-        return clip
-    torch.set_rng_state(random)  # so that the first time gives the same clip as the next
-    return _from_start(path, choose, guess)
+    raise ValueError(f"{shown(path)}: it changed while it was read")

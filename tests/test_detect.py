@@ -546,9 +546,16 @@ def test_a_film_is_predicted_and_drawn(here, tmp_path, capsys):
     lines += ["other,1,0.1,0.1,0.5,0.9,,0.9", "my film,0,0.1,0.1,0.5,0.9,,0.5"]
     (tmp_path / "boxes.csv").write_text("\n".join(lines))
     flags = ["toy", "--predict", str(film), "--boxes", str(tmp_path / "boxes.csv")]
-    texts, draw = [], visualize.draw_boxes
+    texts, draw, scores, score = [], visualize.draw_boxes, {}, detect.score_frames
+
+    def keep(*how):
+        found, errors = score(*how)
+        scores.update(found)
+        return found, errors
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(visualize, "draw_boxes", lambda p, out: (texts.extend(p), draw(p, out)))
+        patch.setattr(detect, "score_frames", keep)
         detect.main(flags)
     said = capsys.readouterr()
     assert not os.path.exists("datasets")  # toy films are not needed
@@ -559,11 +566,13 @@ def test_a_film_is_predicted_and_drawn(here, tmp_path, capsys):
         ("second 2", 1),
     ]
     assert [number_of(image) for _, image, *_ in texts] == [25, 50]
-    for *_, its_texts in texts:
-        for text in its_texts:
+    for (*_, its_texts), (_, rows) in zip(texts, scores.values(), strict=True):
+        for text, row in zip(its_texts, rows, strict=True):
+            best, second = sorted(row.tolist(), reverse=True)[:2]
             two = [line.split() for line in text.split("\n")]
-            assert len(two) == 2 and all(name in MOTIONS for name, _ in two)
-            assert int(two[0][1][:-1]) >= int(two[1][1][:-1])
+            assert all(name in MOTIONS for name, _ in two)
+            assert [score for _, score in two] == [f"{best:.0%}", f"{second:.0%}"]
+            assert row[MOTIONS.index(two[0][0])] == best
     gif = Image.open("runs/detect-toy/my film.gif")
     assert gif.n_frames == 2 and np.array(Image.open("runs/detect-toy/my film.png")).std() > 10
 

@@ -288,6 +288,46 @@ def test_a_run_logs_means_and_saves(tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines()[1:]] == [2, 4, 6]
 
 
+def test_the_log_says_how_much_time_went_to_waiting_for_videos(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    now = [0.0]  # seconds
+
+    def advance(seconds, what=None):
+        now[0] += seconds
+        return what
+
+    monkeypatch.setattr("lib.run.time", SimpleNamespace(time=lambda: now[0]))
+    run = begin()
+    run.order = [advance(0, keys) for keys in run.order]
+    run.order = (advance(3, keys) for keys in run.order)  # each of two passes waits for 3 seconds
+    finish(run, before_step=lambda step: advance(1))
+    for line in lines()[1:]:  # each of two steps
+        assert line["waiting_for_data"] == pytest.approx(12 / 14)
+        assert line["clips_per_s"] == pytest.approx(2 * 4 * run.cfg.repeats / 14)
+    assert "86% of the time was spent waiting for videos" in capsys.readouterr().out
+
+
+def test_processes_agree_at_a_line_of_the_log(tmp_path, monkeypatch):
+    """Another one has larger losses, got a signal, and met a broken video."""
+    monkeypatch.chdir(tmp_path)
+
+    def of_all(mine):
+        losses, _, _ = mine
+        return [mine, ([loss + 1 for loss in losses], signal.SIGTERM, {5: "5.avi: broken"})]
+
+    finish(begin())
+    alone = lines()[1]
+    os.rename("runs/x", "runs/alone")
+    monkeypatch.setattr(engine, "of_all", of_all)
+    with pytest.raises(SystemExit) as stop:
+        finish(begin(), unreadable={4: "4.avi: broken"})
+    assert stop.value.code == 143
+    (line,) = lines()[1:]
+    assert line["step"] == 2 and line["unreadable"] == 2
+    assert line["loss"] == pytest.approx(alone["loss"] + 0.5, rel=1e-6)
+    assert engine.load_checkpoint("runs/x/checkpoint.pt", "pretrain")["step"] == 2
+
+
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_signal_saves_after_the_step_and_resume_goes_on(
     tmp_path, monkeypatch, capsys, name, code

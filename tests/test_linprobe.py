@@ -15,7 +15,7 @@ import linprobe
 import pretrain
 import visualize
 from data import read_split
-from lib import evaluate
+from lib import engine, evaluate
 
 FLAGS = "--batch 8 --epochs 2 --warmup 1 --repeats 2 --shots 1 --base-lrs 0.1 1".split()
 FLAGS += "--precision fp32".split()
@@ -239,6 +239,10 @@ def test_features_of_any_videos(here, tmp_path, capsys):
     linprobe.main(["--features", "out.npz", "--videos", *videos])
     out = np.load("out.npz", allow_pickle=False)
     assert out["paths"].tolist() == videos and out["features"].shape == (2, 128)
+    _, cfg = engine.parse_config(linprobe.Config, ["toy"], "", linprobe.PRESETS)
+    cfg, model = linprobe.make_encoder(cfg, "toy")
+    tokens = model["encoder"](evaluate.WindowViews(videos, cfg)[1])  # (views, N, D)
+    assert np.allclose(out["features"][1], tokens.mean(dim=(0, 1)), atol=2e-2)  # perhaps in bf16
     linprobe.main(["toy", "--features", "new/all.npz", "--videos", here, "--clips", "1"])
     assert len(set(np.load("new/all.npz")["paths"].tolist())) == 36
     for name in "ab":

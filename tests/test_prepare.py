@@ -288,6 +288,14 @@ def swap(path, old, new):
 
 UCF_MISTAKES = {  # what to break, what the line says
     "no folder": (lambda f: (f / "UCF-101").rename(f / "x"), "no folder .*: --data must name"),
+    "no numbers": (
+        lambda f: (f / "ucfTrainTestlist" / "classInd.txt").write_text("Archery\nBowling\n"),
+        "classInd.txt: lines must read `number class`, numbered from 1",
+    ),
+    "other numbers": (
+        lambda f: (f / "ucfTrainTestlist" / "classInd.txt").write_text("1 Bowling\n2 Archery\n"),
+        "trainlist01.txt: line .* must read `Class/video",
+    ),
     "no lists": (
         lambda f: (f / "ucfTrainTestlist" / "classInd.txt").unlink(),
         r"holds neither classInd.txt \(UCF101\) nor",
