@@ -1,9 +1,12 @@
-"""Nearest neighbours among features."""
+"""Nearest neighbours among features, and what several processes find."""
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from lib.evaluate import knn
+from lib import engine
+from lib.evaluate import each_video, knn
 
 
 def test_nearest_neighbours_by_hand_and_against_a_plain_loop():
@@ -24,3 +27,27 @@ def test_nearest_neighbours_by_hand_and_against_a_plain_loop():
         torch.testing.assert_close(row, torch.stack(votes) / sum(votes))
     assert knn(train[:3], torch.tensor([0, 1, 1]), test).shape == (7, 2)  # fewer videos than k
     torch.testing.assert_close(knn(3 * train, labels, 7 * test), found)  # lengths do not count
+
+
+def test_all_processes_get_what_each_of_them_found(tmp_path, monkeypatch):
+    """The other process scored video 1, and could not read video 2. One file keeps both scores."""
+
+    class Views:
+        keys = ["0.avi", "1.avi", "2.avi"]
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.zeros(1, 2)
+
+    of_all = lambda mine: [mine, ({"1.avi": torch.ones(1, 2)}, {2: "2.avi: broken"})]
+    monkeypatch.setattr(engine, "of_all", of_all)
+    monkeypatch.setattr(engine, "processes", lambda: 3)  # number 0 has the first video alone
+    cfg, model = SimpleNamespace(precision="fp32", workers=0), torch.nn.Identity()
+    path = tmp_path / "scores.pt"
+    found, errors = each_video(model, Views(), cfg, torch.device("cpu"), path)
+    assert found[0].tolist() == [[0.5, 0.5]] and found[1].tolist() == [[1, 1]] and len(found) == 2
+    assert errors == {2: "2.avi: broken"}
+    (kept,) = torch.load(path, weights_only=True).values()
+    assert kept.keys() == {"0.avi", "1.avi"}
