@@ -263,6 +263,8 @@ def main(argv: list[str]) -> None:
     test.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="official split")
     new.add_argument("--out", required=True, help="folder to write, with the names of --data")
     new.add_argument("--short-side", type=int, help="pixels to shrink to (default: sizes stay)")
+    for command in (parser, toy, test, new):
+        command.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     args = vars(parser.parse_args(argv))
     if code := args.pop("work")(**args):  # in a notebook, only what fails may raise SystemExit
         sys.exit(code)

@@ -566,3 +566,11 @@ def test_toy_videos_do_not_depend_on_the_number_of_cores(tmp_path):
     finally:
         os.sched_setaffinity(0, cores)
     assert (tmp_path / "all.avi").read_bytes() == (tmp_path / "one.avi").read_bytes()
+
+
+@pytest.mark.parametrize("words", ["", "chek", "check own", "check own --data x --fold 4"])
+def test_mistakes_in_words_and_flags_are_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(words.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
