@@ -111,6 +111,14 @@ def test_a_full_disk_ends_all():
         list(in_processes(full_disk, [1, 2, 3], 1))
 
 
+def its_number(item, alive):
+    return os.getpid()
+
+
+def test_an_idle_process_takes_the_next_item():
+    assert len({number for _, number in in_processes(its_number, [1, 2, 3], 1)}) == 1
+
+
 def test_processes_that_die_or_hang_cost_one_item():
     begin = time.monotonic()
     found = dict(in_processes(work, list(range(9)), 2, silence=2))
