@@ -62,12 +62,8 @@ class ClipConfig(ModelConfig):
     clips: int = opt(5, "test clips per video", 1)
     crops: int = opt(3, "test crops per clip", 1)
     augment: Literal["official", "torchvision"] = opt("torchvision", "RandAugment and resampling")
-    every: float | None = opt(
-        None, "a prediction or feature per so many seconds; None: per video", 0
-    )
-    sampling: Literal[tuple(SAMPLING)] | None = opt(
-        None, "of frames; None: as the weights, else dense"
-    )
+    every: float | None = opt(None, "seconds per prediction or feature; None: the whole video", 0)
+    sampling: Literal[tuple(SAMPLING)] | None = opt(None, "of frames; None: as weights, else dense")
 
 
 @dataclass

@@ -303,7 +303,7 @@ class VideoMAE(nn.Module):
 class Classifier(nn.Module):
     """The encoder with a new head: mean over tokens, LayerNorm, dropout, Linear (official code)."""
 
-    last_norm = "fc_norm"  # the norm before the head; finetune.py gives it the head's rate
+    last_norm = "fc_norm"  # the norm before the head; it gets the head's learning rate
 
     def __init__(
         self, size, classes, video_size=(16, 224, 224), cube=(2, 16, 16), positions="1d",

@@ -165,6 +165,11 @@ def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def autocast(device: torch.device, dtype: torch.dtype):
+    """The context in which matrix products have this type."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 # ----------------------------------------------------------------------------- schedule and order
 
 

@@ -204,7 +204,7 @@ def each_video(
                 errors[index] = item
                 continue
             inputs = item if isinstance(item, tuple) else (item,)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with engine.autocast(device, dtype):
                 out = model(*(x.to(device, non_blocking=True) for x in inputs)).float()
             if not out.isfinite().all():
                 errors[index] = f"{views.keys[index]}: output not finite, try --precision fp32"

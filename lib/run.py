@@ -209,7 +209,7 @@ class Run:
 
     def autocast(self):
         """The context of the forward pass: matrix products in the type of --precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return engine.autocast(self.device, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this pass to those of the step."""
@@ -244,9 +244,8 @@ class Run:
         if not save or engine.rank() > 0:
             return False
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise ValueError(
-                f"the weights are not finite after step {done} (lr {lr:.3g}): {ADVICE}"
-            )
+            problem = f"the weights are not finite after step {done} (lr {lr:.3g})"
+            raise ValueError(f"{problem}: {ADVICE}")
         about = dict(stage=self.stage, config=self.config, step=done, steps=self.total)
         parts = {x: getattr(self, x).state_dict() for x in ("model", "optimizer", "scaler")}
         engine.save_checkpoint(self.folder / "checkpoint.pt", **about, **parts)
